@@ -1,0 +1,1 @@
+"""dpmoe: privacy budget as a schedulable, non-replenishable resource on Kubernetes."""

@@ -1,0 +1,317 @@
+"""DPMoEJob (`dpj`): the blocks that a team wants, the privacy it pays, the model it fine-tunes.
+
+A job chooses placement and size of its pods from a closed list of fields. Command, volumes,
+environment and sidecars are not among them: they would be a way to the data around the operator.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dpmoe_operator.api.base import (
+    AbsolutePath,
+    ApiModel,
+    Conditions,
+    DecimalString,
+    DeltaString,
+    DnsLabel,
+    DnsName,
+    EpsilonString,
+    ImageName,
+    LabelKey,
+    Labels,
+    LabelValue,
+    MessageText,
+    ReasonName,
+    RelativePath,
+    SpecError,
+    StatusModel,
+    Timestamp,
+    exactly_one,
+    list_set,
+    positive,
+    refuse_parent_steps,
+)
+from dpmoe_operator.api.privateblock import AmountText, HuggingFaceId
+
+KIND = "DPMoEJob"
+PLURAL = "dpmoejobs"
+
+Quantity = Annotated[
+    str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,3})?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=16)
+]
+
+
+class BlockSelector(ApiModel):
+    """Chooses blocks by their labels."""
+
+    match_labels: Annotated[dict[LabelKey, LabelValue], Field(min_length=1, max_length=16)]
+
+
+class BlockRequest(ApiModel):
+    """The blocks that a job trains on: by name, or `count` of those that a selector matches.
+
+    All of them live in one data namespace, where the trainer pods run.
+    """
+
+    namespace: DnsLabel
+    names: Annotated[list[DnsName], list_set(max_length=256, min_length=1)] | None = None
+    selector: BlockSelector | None = None
+    count: Annotated[int, Field(ge=1, le=256)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        exactly_one("spec.blocks", {"names": self.names, "selector": self.selector})
+        if self.names is not None and len(set(self.names)) != len(self.names):
+            raise SpecError("spec.blocks.names", self.names, "must name each block once")
+        if self.names is not None and self.count not in (None, len(self.names)):
+            raise SpecError("spec.blocks.count", self.count, "must be absent where names are given")
+        return self
+
+
+class Privacy(ApiModel):
+    """What the job pays. At least one of ε and σ; the operator calibrates the other."""
+
+    epsilon: EpsilonString | None = None
+    noise_multiplier: DecimalString | None = None
+    delta: DeltaString
+    clipping_norm: DecimalString = "1.0"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise SpecError("spec.privacy.epsilon", "absent", "must be set, or noiseMultiplier")
+        positive("spec.privacy.epsilon", self.epsilon)
+        positive("spec.privacy.noiseMultiplier", self.noise_multiplier)
+        positive("spec.privacy.delta", self.delta)
+        positive("spec.privacy.clippingNorm", self.clipping_norm)
+        return self
+
+
+class ModelClaim(ApiModel):
+    """A model folder on a claim in the blocks' namespace that their owner opened for models."""
+
+    claim_name: DnsName
+    path: RelativePath
+
+
+class HuggingFaceModel(ApiModel):
+    """A model of the Hugging Face hub, by id."""
+
+    id: HuggingFaceId
+    revision: Annotated[str, Field(max_length=128)] | None = None
+
+
+class Upcycle(ApiModel):
+    """Sparse upcycling of a dense model: chosen FFN layers become experts behind a router."""
+
+    experts: Annotated[int, Field(ge=2, le=256)]
+    top_k: Annotated[int, Field(ge=1, le=16)] = 2
+    layers: Annotated[
+        list[Annotated[int, Field(ge=0, le=1023)]], list_set(max_length=256, min_length=1)
+    ]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_k > self.experts:
+            raise SpecError(
+                "spec.model.upcycle.topK", self.top_k, f"must be at most {self.experts}"
+            )
+        return self
+
+
+class Model(ApiModel):
+    """The pretrained model: safetensors and a config, no code of its own."""
+
+    path: AbsolutePath | None = None
+    claim: ModelClaim | None = None
+    hugging_face: HuggingFaceModel | None = None
+    upcycle: Upcycle | None = None
+    trainable: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=253)]], list_set(max_length=64)
+    ] = []
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        exactly_one(
+            "spec.model", {"path": self.path, "claim": self.claim, "huggingFace": self.hugging_face}
+        )
+        refuse_parent_steps("spec.model.path", [self.path])
+        refuse_parent_steps("spec.model.claim.path", [self.claim.path if self.claim else None])
+        return self
+
+
+class Optimizer(ApiModel):
+    """The optimiser of the noised gradient."""
+
+    name: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: DecimalString
+    weight_decay: DecimalString = "0"
+    momentum: DecimalString = "0"
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        positive("spec.training.optimizer.learningRate", self.learning_rate)
+        return self
+
+
+class Training(ApiModel):
+    """The run. Exactly one of epochs and steps."""
+
+    method: Literal["dp-sgd"] = "dp-sgd"
+    logical_batch: Annotated[int, Field(ge=1, le=100_000_000)]
+    physical_batch: Annotated[int, Field(ge=1, le=4096)] = 64
+    epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    max_tokens: Annotated[int, Field(ge=4, le=8192)] = 128
+    optimizer: Optimizer
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        exactly_one("spec.training", {"epochs": self.epochs, "steps": self.steps})
+        return self
+
+
+class Parallelism(ApiModel):
+    """Pods, GPUs in each, and over how many devices the experts are spread."""
+
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    gpus_per_worker: Annotated[int, Field(ge=0, le=16)] = 0
+    expert_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+
+
+class OutputClaim(ApiModel):
+    """A folder on a claim in the blocks' namespace that their owner opened for results."""
+
+    claim_name: DnsName
+    path: RelativePath
+
+
+class Output(ApiModel):
+    """Where the trained model goes."""
+
+    claim: OutputClaim | None = None
+    uri: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^\s]+$", max_length=512)] | None = (
+        None
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        exactly_one("spec.output", {"claim": self.claim, "uri": self.uri})
+        refuse_parent_steps("spec.output.claim.path", [self.claim.path if self.claim else None])
+        refuse_parent_steps("spec.output.uri", [self.uri])
+        return self
+
+
+class Resources(ApiModel):
+    """CPU, memory and scratch of each pod; requests and limits alike."""
+
+    cpu: Quantity | None = None
+    memory: Quantity | None = None
+    ephemeral_storage: Quantity | None = None
+    shared_memory: Quantity = "1Gi"
+
+
+class Toleration(ApiModel):
+    """A Kubernetes toleration."""
+
+    key: Annotated[str, Field(max_length=317)] | None = None
+    operator: Literal["Exists", "Equal"] = "Equal"
+    value: LabelValue | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    toleration_seconds: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
+
+
+class NodeRequirement(ApiModel):
+    """A Kubernetes node selector requirement."""
+
+    key: LabelKey
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]
+    values: Annotated[list[LabelValue], Field(max_length=64)] = []
+
+
+class Placement(ApiModel):
+    """Which nodes the pods may run on. This list is closed: no other pod field can be set.
+
+    `required_nodes` and `preferred_nodes` become one node selector term each.
+    """
+
+    node_selector: Labels = {}
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
+    required_nodes: Annotated[list[NodeRequirement], Field(max_length=32)] = []
+    preferred_nodes: Annotated[list[NodeRequirement], Field(max_length=32)] = []
+    priority_class_name: DnsName | None = None
+    runtime_class_name: DnsName | None = None
+
+
+class DPMoEJobSpec(ApiModel):
+    """What a team asks for."""
+
+    blocks: BlockRequest
+    privacy: Privacy
+    model: Model
+    training: Training
+    parallelism: Parallelism = Parallelism()
+    output: Output
+    image: ImageName | None = None
+    resources: Resources = Resources()
+    placement: Placement = Placement()
+    priority: Annotated[int, Field(ge=-1_000_000, le=1_000_000)] = 0
+    weight: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    timeout_seconds: Annotated[int, Field(ge=1, le=315_360_000)] | None = None
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=315_360_000)] | None = None
+    suspend: bool = False
+
+
+class EvaluationStatus(StatusModel):
+    """Scores on the owner's releasable evaluation set."""
+
+    accuracy: AmountText
+    majority_share: AmountText
+    examples: Annotated[int, Field(ge=1)]
+
+
+class DPMoEJobStatus(StatusModel):
+    """Where the job is, why it waits, what it cost."""
+
+    state: (
+        Literal["Pending", "Rejected", "Reserved", "Running", "Completed", "Failed", "Suspended"]
+        | None
+    ) = None
+    reason: ReasonName | None = None
+    message: MessageText | None = None
+    epsilon: AmountText | None = None
+    epsilon_spent: AmountText | None = None
+    noise_multiplier: AmountText | None = None
+    sampling_rate: AmountText | None = None
+    steps: Annotated[int, Field(ge=0)] | None = None
+    steps_done: Annotated[int, Field(ge=0)] | None = None
+    progress: AmountText | None = None
+    blocks: Annotated[list[DnsName], Field(max_length=256)] | None = None
+    grant_entry: Annotated[str, Field(max_length=64)] | None = None
+    settlement_entry: Annotated[str, Field(max_length=64)] | None = None
+    evaluation: EvaluationStatus | None = None
+    output: Annotated[str, Field(max_length=1024)] | None = None
+    start_time: Timestamp | None = None
+    completion_time: Timestamp | None = None
+    observed_generation: Annotated[int, Field(ge=0)] | None = None
+    conditions: Conditions | None = None
+
+
+MUTABLE = ("suspend", "priority", "ttlSecondsAfterFinished")
+"""Fields of the spec that may change after creation; all others never do."""
+
+COLUMNS: list[dict[str, Any]] = [
+    {"name": "State", "type": "string", "jsonPath": ".status.state"},
+    {"name": "Reason", "type": "string", "jsonPath": ".status.reason"},
+    {"name": "Epsilon", "type": "string", "jsonPath": ".status.epsilon"},
+    {"name": "Spent", "type": "string", "jsonPath": ".status.epsilonSpent"},
+    {"name": "Progress", "type": "string", "jsonPath": ".status.progress"},
+    {"name": "Accuracy", "type": "string", "jsonPath": ".status.evaluation.accuracy"},
+    {"name": "Blocks", "type": "string", "jsonPath": ".status.blocks", "priority": 1},
+    {"name": "Output", "type": "string", "jsonPath": ".status.output", "priority": 1},
+    {"name": "Message", "type": "string", "jsonPath": ".status.message", "priority": 1},
+    {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
+]

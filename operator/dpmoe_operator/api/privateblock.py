@@ -1,0 +1,318 @@
+"""PrivateBlock (`pb`): one partition of a private dataset, its privacy unit and its total budget.
+
+The block's account in the ledger is named by what the data *is* (`DatasetSpec.account`), not by
+what the object is called, so that deleting, renaming or re-applying a block never refills it.
+"""
+
+import posixpath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dpmoe_operator.api.base import (
+    AbsolutePath,
+    ApiModel,
+    ColumnName,
+    Conditions,
+    DecimalString,
+    DeltaString,
+    DnsLabel,
+    DnsName,
+    EpsilonString,
+    ImageName,
+    MessageText,
+    ReasonName,
+    RelativePath,
+    SpecError,
+    StatusModel,
+    Timestamp,
+    decimal,
+    exactly_one,
+    list_map,
+    list_set,
+    positive,
+    refuse_parent_steps,
+)
+
+KIND = "PrivateBlock"
+PLURAL = "privateblocks"
+
+HuggingFaceId = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=128),
+]
+
+
+class ClaimSource(ApiModel):
+    """A file on a PersistentVolumeClaim in the block's namespace."""
+
+    claim_name: DnsName
+    path: RelativePath
+
+
+class HuggingFaceSource(ApiModel):
+    """A dataset of the Hugging Face hub, by id."""
+
+    id: HuggingFaceId
+    revision: Annotated[str, Field(max_length=128)] | None = None
+    split: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)] = "train"
+
+
+class Partition(ApiModel):
+    """The rows that belong to the block: those whose `column` holds one of `values`."""
+
+    column: ColumnName
+    values: Annotated[
+        list[Annotated[str, Field(max_length=253)]], list_set(max_length=64, min_length=1)
+    ]
+
+
+class Table(ApiModel):
+    """A table of labelled text."""
+
+    path: AbsolutePath | None = None
+    claim: ClaimSource | None = None
+    hugging_face: HuggingFaceSource | None = None
+    format: Literal["csv", "tsv", "jsonl", "parquet"] | None = None
+    text_column: ColumnName
+    label_column: ColumnName
+    partition: Partition | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        exactly_one(
+            "spec.dataset",
+            {"path": self.path, "claim": self.claim, "huggingFace": self.hugging_face},
+        )
+        refuse_parent_steps("spec.dataset.path", [self.path])
+        refuse_parent_steps("spec.dataset.claim.path", [self.claim.path if self.claim else None])
+        if self.hugging_face is None and self.format is None:
+            raise SpecError("spec.dataset.format", "absent", "must be csv, tsv, jsonl or parquet")
+        return self
+
+    def account(self, namespace: str) -> str:
+        """The identity of the data, as a readable name: the key of its account in the ledger.
+
+        Format, columns' roles and revision are left out on purpose: reading the same rows another
+        way is reading the same rows.
+
+        Args:
+            namespace: the block's namespace, which scopes a volume claim.
+        """
+        if self.claim is not None:
+            path = posixpath.normpath(self.claim.path)
+            base = f"claim://{namespace}/{self.claim.claim_name}/{path}"
+        elif self.path is not None:
+            base = f"path://{posixpath.normpath(self.path)}"
+        else:
+            assert self.hugging_face is not None
+            base = f"huggingface://{self.hugging_face.id}/{self.hugging_face.split}"
+        if self.partition is None:
+            return base
+        return f"{base}?{self.partition.column}={','.join(sorted(self.partition.values))}"
+
+
+class Dataset(Table):
+    """The private table, with the number of its classes and its public size.
+
+    Attributes:
+        labels: classes are the integers from 0 to labels − 1.
+        units: the owner's public count of privacy units. Sampling rates are computed from it; the
+            guarantee holds whatever the true count is, since sampling is independent per unit.
+    """
+
+    labels: Annotated[int, Field(ge=2, le=1000)] = 2
+    units: Annotated[int, Field(ge=1, le=10_000_000_000)]
+
+
+class Unit(ApiModel):
+    """What one person's privacy protects: one row, or all rows that share a column's value."""
+
+    kind: Literal["example", "user"] = "example"
+    column: ColumnName | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.kind == "user") != (self.column is not None):
+            raise SpecError(
+                "spec.unit.column", self.column, "must be set for kind user, and only for it"
+            )
+        return self
+
+
+class Budget(ApiModel):
+    """The total (ε, δ) that the block may ever leak, and how it is counted."""
+
+    epsilon: EpsilonString
+    delta: DeltaString
+    orders: Annotated[list[DecimalString], list_set(max_length=64, min_length=1)] | None = None
+    conversion: Literal["classic", "tight"] = "tight"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        positive("spec.budget.epsilon", self.epsilon)
+        positive("spec.budget.delta", self.delta)
+        orders = [decimal(order) for order in self.orders or []]
+        in_range = all(1 < order <= 1024 for order in orders)
+        if not in_range or orders != sorted(set(orders)):
+            raise SpecError("spec.budget.orders", self.orders, "must increase within (1, 1024]")
+        return self
+
+
+class Unlocking(ApiModel):
+    """When the budget becomes available: at once, by arrivals (DPF-N) or by time (DPF-T)."""
+
+    kind: Literal["immediate", "arrivals", "time"] = "immediate"
+    arrivals: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    lifetime_seconds: Annotated[int, Field(ge=1, le=3_153_600_000)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.kind == "arrivals") != (self.arrivals is not None):
+            raise SpecError(
+                "spec.unlocking.arrivals",
+                self.arrivals,
+                "must be set for kind arrivals, and only there",
+            )
+        if (self.kind == "time") != (self.lifetime_seconds is not None):
+            raise SpecError(
+                "spec.unlocking.lifetimeSeconds",
+                self.lifetime_seconds,
+                "must be set for kind time, and only there",
+            )
+        return self
+
+
+class OutputGrant(ApiModel):
+    """A place that results may go to: a claim in the block's namespace, or URIs with a prefix."""
+
+    claim_name: DnsName | None = None
+    uri_prefix: (
+        Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^\s]+/$", max_length=512)] | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        exactly_one(
+            "spec.access.outputs", {"claimName": self.claim_name, "uriPrefix": self.uri_prefix}
+        )
+        return self
+
+
+class Access(ApiModel):
+    """What one namespace may do with the block.
+
+    Attributes:
+        namespace: where the jobs live.
+        max_epsilon: the most that the namespace's jobs may spend together, at the block's δ.
+        images: trainer images that the owner trusts beside the operator's own.
+        models: claims in the block's namespace from which models may be read.
+        outputs: places that results may go to.
+    """
+
+    namespace: DnsLabel
+    max_epsilon: EpsilonString | None = None
+    images: Annotated[list[ImageName], list_set(max_length=32)] = []
+    models: Annotated[list[DnsName], list_set(max_length=32)] = []
+    outputs: Annotated[list[OutputGrant], Field(max_length=32)] = []
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        positive("spec.access.maxEpsilon", self.max_epsilon)
+        return self
+
+
+class PrivateBlockSpec(ApiModel):
+    """What the data owner declares."""
+
+    dataset: Dataset
+    evaluation: Table | None = None
+    unit: Unit = Unit()
+    budget: Budget
+    unlocking: Unlocking = Unlocking()
+    access: Annotated[list[Access], list_map("namespace", max_length=256)] = []
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.evaluation is not None and self.evaluation.account("") == self.dataset.account(""):
+            raise SpecError(
+                "spec.evaluation",
+                self.evaluation.account(""),
+                "must not be the private table itself: scores on it would be released uncounted",
+            )
+        if decimal(self.budget.delta) * self.dataset.units >= 1:
+            raise SpecError(
+                "spec.budget.delta",
+                self.budget.delta,
+                f"must be below 1/units = 1/{self.dataset.units}",
+            )
+        namespaces = [access.namespace for access in self.access]
+        if len(set(namespaces)) != len(namespaces):
+            raise SpecError("spec.access", namespaces, "must name each namespace once")
+        return self
+
+    def access_of(self, namespace: str) -> Access | None:
+        """What `namespace` may do, or None."""
+        return next((a for a in self.access if a.namespace == namespace), None)
+
+
+AmountText = Annotated[str, Field(max_length=32)]
+
+
+class OrderStatus(StatusModel):
+    """Amounts in ε at one RDP order."""
+
+    order: DecimalString
+    capacity: AmountText
+    unlocked: AmountText
+    reserved: AmountText
+    consumed: AmountText
+
+
+class Spender(StatusModel):
+    """What one namespace's jobs reserved or consumed, as ε at the block's δ."""
+
+    namespace: DnsLabel
+    epsilon: AmountText
+    jobs: Annotated[int, Field(ge=0)]
+
+
+class PrivateBlockStatus(StatusModel):
+    """A projection of the ledger for people; it may be deleted and is rebuilt at any time."""
+
+    state: Literal["Ready", "Exhausted", "Refused"] | None = None
+    reason: ReasonName | None = None
+    message: MessageText | None = None
+    account: Annotated[str, Field(max_length=8192)] | None = None
+    epsilon: AmountText | None = None
+    consumed: AmountText | None = None
+    reserved: AmountText | None = None
+    available: AmountText | None = None
+    used: AmountText | None = None
+    waiting: Annotated[int, Field(ge=0)] | None = None
+    jobs: Annotated[int, Field(ge=0)] | None = None
+    next_unlock: Timestamp | None = None
+    orders: Annotated[list[OrderStatus], list_map("order", max_length=64)] | None = None
+    spenders: Annotated[list[Spender], list_map("namespace", max_length=32)] | None = None
+    observed_generation: Annotated[int, Field(ge=0)] | None = None
+    conditions: Conditions | None = None
+
+
+IMMUTABLE = ("dataset", "unit", "budget")
+"""Fields of the spec that may never change: the ledger's account stands on them."""
+
+COLUMNS: list[dict[str, Any]] = [
+    {"name": "Epsilon", "type": "string", "jsonPath": ".spec.budget.epsilon"},
+    {"name": "Consumed", "type": "string", "jsonPath": ".status.consumed"},
+    {"name": "Reserved", "type": "string", "jsonPath": ".status.reserved"},
+    {"name": "Available", "type": "string", "jsonPath": ".status.available"},
+    {"name": "Used", "type": "string", "jsonPath": ".status.used"},
+    {"name": "Waiting", "type": "integer", "jsonPath": ".status.waiting"},
+    {"name": "State", "type": "string", "jsonPath": ".status.state"},
+    {"name": "Delta", "type": "string", "jsonPath": ".spec.budget.delta", "priority": 1},
+    {"name": "Units", "type": "integer", "jsonPath": ".spec.dataset.units", "priority": 1},
+    {"name": "Unlocking", "type": "string", "jsonPath": ".spec.unlocking.kind", "priority": 1},
+    {"name": "Account", "type": "string", "jsonPath": ".status.account", "priority": 1},
+    {"name": "Message", "type": "string", "jsonPath": ".status.message", "priority": 1},
+    {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
+]

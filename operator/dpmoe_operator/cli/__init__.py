@@ -1,0 +1,1 @@
+"""`dpmoe`, also installed as the kubectl plugin `kubectl-dpmoe`."""

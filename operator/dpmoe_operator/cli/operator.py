@@ -1,0 +1,76 @@
+"""`dpmoe operator`: the operator process, as the chart's Deployment runs it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpmoe_operator.cli.errors import user_errors
+from dpmoe_operator.control.settings import Settings
+from dpmoe_operator.scheduling.policies import POLICIES
+
+
+def operator(
+    namespace: Annotated[
+        str,
+        typer.Option(envvar="DPMOE_NAMESPACE", help="Namespace of the ledger and the lease."),
+    ] = "dpmoe-system",
+    trainer_image: Annotated[
+        str,
+        typer.Option(
+            envvar="DPMOE_TRAINER_IMAGE",
+            help="The operator's own trainer image, best by digest; only its reports refund.",
+        ),
+    ] = "ghcr.io/dpmoe/trainer:0.1.0",
+    policy: Annotated[
+        str,
+        typer.Option(envvar="DPMOE_POLICY", help=f"Scheduling policy: {', '.join(POLICIES)}."),
+    ] = "dpf",
+    round_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="DPMOE_ROUND_SECONDS", min=0.1, max=3600, help="Longest time between rounds."
+        ),
+    ] = 5.0,
+    gpu_resource: Annotated[
+        str, typer.Option(envvar="DPMOE_GPU_RESOURCE", help="Extended resource name of a GPU.")
+    ] = "nvidia.com/gpu",
+    storage_cidr: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="DPMOE_STORAGE_CIDR",
+            help="Address range of storage that trainer pods may reach; may be repeated.",
+        ),
+    ] = None,
+    liveness: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DPMOE_LIVENESS", help="Liveness endpoint, e.g. http://0.0.0.0:8080/healthz."
+        ),
+    ] = None,
+    kubeconfig: Annotated[
+        Path | None,
+        typer.Option(envvar="KUBECONFIG", help="kubeconfig; in a pod its service account serves."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option(help="Log every request of the watches.")] = False,
+) -> None:
+    """Run the operator: it grants privacy budget and launches the jobs that got some."""
+    import os
+
+    if kubeconfig is not None:
+        os.environ["KUBECONFIG"] = str(kubeconfig)
+    with user_errors():
+        from dpmoe_operator.kube.config import load_access
+        from dpmoe_operator.kube.logs import configure_logging
+        from dpmoe_operator.kube.operator import OperatorOptions, run_operator
+
+        configure_logging(verbose=verbose)
+        settings = Settings(
+            namespace=namespace,
+            trainer_image=trainer_image,
+            policy=policy,
+            gpu_resource=gpu_resource,
+            storage_cidrs=tuple(storage_cidr or ()),
+        )
+        access = load_access(kubeconfig)
+        run_operator(OperatorOptions(settings, access, round_seconds, liveness))

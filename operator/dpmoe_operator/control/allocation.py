@@ -1,0 +1,321 @@
+"""One scheduling round: waiting jobs and accounts become arrays, the policy grants, the rest waits.
+
+A namespace's cap on a block is one more row of budget: a job of that namespace must fit both. What
+is granted here is checked once more in exact integers before it may be committed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpmoe_operator.api.ledgerentry import Charge, Granted, ObjectReference
+from dpmoe_operator.api.privateblock import Unlocking
+from dpmoe_operator.api.reasons import Reason
+from dpmoe_operator.control.accounts import Standing
+from dpmoe_operator.control.planning import Planned, Refusal
+from dpmoe_operator.control.projection import Waiting, timed_out
+from dpmoe_operator.control.settings import Settings
+from dpmoe_operator.control.views import JobView, Snapshot, format_time, parse_time
+from dpmoe_operator.ledger.fold import Account
+from dpmoe_operator.privacy.capacity import capacity
+from dpmoe_operator.privacy.units import MAX_UNITS, format_epsilon
+from dpmoe_operator.scheduling import unlocking
+from dpmoe_operator.scheduling.explain import Explanation, explain
+from dpmoe_operator.scheduling.filling import check_grants
+from dpmoe_operator.scheduling.policies import policy
+from dpmoe_operator.scheduling.round import ABSENT, Round
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Unlocked:
+    """What unlocking released of an account so far.
+
+    Attributes:
+        rule: the unlocking rule, in its state at this round.
+        amounts: at each order of the account, in 10⁻⁹ ε.
+        complete_at: when time-unlocking will have released all of it; None otherwise.
+    """
+
+    rule: unlocking.Unlocking
+    amounts: tuple[int, ...]
+    complete_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The outcome of a round.
+
+    Attributes:
+        granted: records of the jobs that get budget, in the policy's order.
+        waiting: why every other job without budget has none, by its uid.
+        unlocked: by account.
+    """
+
+    granted: tuple[Granted, ...] = ()
+    waiting: Mapping[str, Waiting] = field(default_factory=dict)
+    unlocked: Mapping[str, Unlocked] = field(default_factory=dict)
+
+
+def allocate(
+    snapshot: Snapshot,
+    settings: Settings,
+    judged: Mapping[tuple[str, str], Standing],
+    plans: Mapping[str, Planned],
+    refusals: Mapping[str, Refusal],
+) -> Allocation:
+    """Run the policy over the jobs that may get budget now.
+
+    Args:
+        snapshot: jobs, accounts, time.
+        settings: the policy.
+        judged: blocks and their accounts.
+        plans: jobs that could be planned, by uid.
+        refusals: jobs that could not, by uid.
+    """
+    waiting: dict[str, Waiting] = {
+        uid: Waiting(refusal.reason, refusal.message)
+        for uid, refusal in refusals.items()
+        if uid not in snapshot.ledger.grants
+    }
+    candidates: list[Planned] = []
+    for uid, planned in plans.items():
+        if uid in snapshot.ledger.grants:
+            continue
+        hold = _held_back(planned, snapshot)
+        if hold is not None:
+            waiting[uid] = hold
+        else:
+            candidates.append(planned)
+    unlocked = _unlocked(snapshot, judged, candidates)
+    if not candidates:
+        return Allocation(waiting=waiting, unlocked=unlocked)
+    table = _Table(snapshot, candidates, unlocked)
+    round_ = table.round()
+    chosen = policy(settings.policy)
+    granted = chosen.grant(round_)
+    check_grants(round_, granted)
+    for explanation in explain(round_, granted, chosen.order(round_), table.rules()):
+        planned = candidates[explanation.task]
+        waiting[planned.job.meta.uid] = _in_words(planned, explanation, table)
+    return Allocation(
+        granted=tuple(_record(candidates[int(task)], settings) for task in granted),
+        waiting=waiting,
+        unlocked=unlocked,
+    )
+
+
+def _held_back(planned: Planned, snapshot: Snapshot) -> Waiting | None:
+    """Why a planned job does not take part in this round."""
+    spec = planned.job.spec
+    assert spec is not None
+    if timed_out(planned.job, snapshot.now):
+        return _waiting(planned, Reason.PENDING_EVALUATION, "its timeout is over")
+    if spec.suspend:
+        return _waiting(
+            planned, Reason.SUSPENDED, "spec.suspend is true; set it to false to ask for budget"
+        )
+    if any(account not in snapshot.ledger.accounts for account in planned.demand):
+        return _waiting(
+            planned, Reason.PENDING_EVALUATION, "the account of a block is being opened"
+        )
+    return None
+
+
+def _waiting(planned: Planned, reason: Reason, message: str) -> Waiting:
+    privacy = planned.plan.privacy
+    return Waiting(
+        reason,
+        message,
+        epsilon=privacy.epsilon,
+        noise_multiplier=privacy.noise_multiplier,
+        sampling_rate=privacy.sampling_rate,
+        steps=privacy.steps,
+        blocks=[block.name for block in planned.plan.blocks],
+    )
+
+
+def _unlocked(
+    snapshot: Snapshot,
+    judged: Mapping[tuple[str, str], Standing],
+    candidates: Sequence[Planned],
+) -> dict[str, Unlocked]:
+    """What every standing block's account released so far.
+
+    Arrivals are the jobs that were ever granted on the account and those that wait for it now.
+    """
+    arrivals: dict[str, int] = {}
+    for planned in candidates:
+        for name in planned.demand:
+            arrivals[name] = arrivals.get(name, 0) + 1
+    result: dict[str, Unlocked] = {}
+    for standing in judged.values():
+        account = snapshot.ledger.accounts.get(standing.account_name or "")
+        if account is None or standing.refusal is not None:
+            continue
+        name = account.opened.account
+        seen = account.spending.jobs + arrivals.get(name, 0)
+        result[name] = _released(account, standing.spec.unlocking, seen, snapshot.now)
+    return result
+
+
+def _released(account: Account, declared: Unlocking, arrivals: int, now: datetime) -> Unlocked:
+    rule = _rule(account, declared, arrivals)
+    fraction = unlocking.fraction(rule, now.timestamp())
+    row = unlocking.unlocked(np.array(account.capacity, dtype=np.int64), fraction)
+    complete_at = None
+    if isinstance(rule, unlocking.ByTime) and fraction < 1:
+        complete_at = datetime.fromtimestamp(rule.opened + rule.lifetime, UTC)
+    return Unlocked(rule, tuple(row.tolist()), complete_at)
+
+
+def _rule(account: Account, declared: Unlocking, arrivals: int) -> unlocking.Unlocking:
+    if declared.arrivals is not None:
+        return unlocking.ByArrivals(fair_shares=declared.arrivals, arrivals=arrivals)
+    if declared.lifetime_seconds is not None:
+        opened = parse_time(account.time).timestamp()
+        return unlocking.ByTime(opened=opened, lifetime=float(declared.lifetime_seconds))
+    return unlocking.Immediate()
+
+
+class _Table:
+    """The round's arrays, and what their rows mean."""
+
+    def __init__(
+        self, snapshot: Snapshot, tasks: Sequence[Planned], unlocked: Mapping[str, Unlocked]
+    ) -> None:
+        self.snapshot, self.tasks, self.unlocked = snapshot, tasks, unlocked
+        names = sorted({name for task in tasks for name in task.demand})
+        self.accounts = [snapshot.ledger.accounts[name] for name in names]
+        self.orders = sorted({order for a in self.accounts for order in a.opened.orders}, key=float)
+        self.row_of = {name: i for i, name in enumerate(names)}
+        self.caps: list[tuple[Account, str, str]] = []
+        self._cap_rows: dict[tuple[str, str], int] = {}
+        for task in tasks:
+            self._add_caps(task)
+
+    def _add_caps(self, task: Planned) -> None:
+        namespace = task.job.meta.namespace
+        for name, epsilon in task.caps.items():
+            if (name, namespace) not in self._cap_rows:
+                self._cap_rows[name, namespace] = len(self.accounts) + len(self.caps)
+                self.caps.append((self.snapshot.ledger.accounts[name], namespace, epsilon))
+
+    def rows_of(self, task: Planned) -> list[int]:
+        """Rows that a task asks: its accounts, and the caps of its namespace on them."""
+        namespace = task.job.meta.namespace
+        own = [self.row_of[name] for name in task.demand]
+        return own + [self._cap_rows[name, namespace] for name in task.caps]
+
+    def account_of(self, row: int) -> tuple[Account, str | None]:
+        """The account of a row, and the namespace whose cap it is, if it is one."""
+        if row < len(self.accounts):
+            return self.accounts[row], None
+        account, namespace, _ = self.caps[row - len(self.accounts)]
+        return account, namespace
+
+    def rules(self) -> list[unlocking.Unlocking]:
+        """The unlocking rule of each row; a cap is open from the start."""
+        own = [self.unlocked[account.opened.account].rule for account in self.accounts]
+        return own + [unlocking.Immediate() for _ in self.caps]
+
+    def round(self) -> Round:
+        """The arrays that policies see."""
+        capacity_rows, unlocked_rows, reserved_rows, consumed_rows = [], [], [], []
+        for account in self.accounts:
+            capacity_rows.append(self._spread(account, account.capacity, ABSENT))
+            released = self.unlocked[account.opened.account].amounts
+            unlocked_rows.append(self._spread(account, released, ABSENT))
+            reserved_rows.append(self._spread(account, account.spending.reserved, 0))
+            consumed_rows.append(self._spread(account, account.spending.consumed, 0))
+        for account, namespace, epsilon in self.caps:
+            opened, spent = account.opened, account.of_namespace(namespace)
+            limit = capacity(
+                Decimal(epsilon), Decimal(opened.delta), opened.orders, opened.conversion
+            )
+            capacity_rows.append(self._spread(account, limit, ABSENT))
+            unlocked_rows.append(capacity_rows[-1])
+            reserved_rows.append(self._spread(account, spent.reserved, 0))
+            consumed_rows.append(self._spread(account, spent.consumed, 0))
+        rows = [self.rows_of(task) for task in self.tasks]
+        jobs = [task.job for task in self.tasks]
+        return Round(
+            orders=np.array([float(order) for order in self.orders]),
+            demand=np.array([self._demand(task) for task in self.tasks], dtype=np.int64),
+            indptr=np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64),
+            indices=np.array([i for row in rows for i in row], dtype=np.int64),
+            capacity=np.array(capacity_rows, dtype=np.int64),
+            consumed=np.array(consumed_rows, dtype=np.int64),
+            reserved=np.array(reserved_rows, dtype=np.int64),
+            unlocked=np.array(unlocked_rows, dtype=np.int64),
+            arrival=np.array([job.meta.created.timestamp() for job in jobs]),
+            weight=np.array([float(_spec_of(job, "weight")) for job in jobs]),
+            priority=np.array([_spec_of(job, "priority") for job in jobs], dtype=np.int64),
+        )
+
+    def _spread(self, account: Account, amounts: Sequence[int], absent: int) -> list[int]:
+        """Amounts on an account's orders, laid out on the orders of the round, saturated."""
+        at = dict(zip(account.opened.orders, amounts, strict=True))
+        return [min(at.get(order, absent), MAX_UNITS) for order in self.orders]
+
+    def _demand(self, task: Planned) -> list[int]:
+        at: dict[str, int] = {}
+        for name, amounts in task.demand.items():
+            orders = self.snapshot.ledger.accounts[name].opened.orders
+            at.update(zip(orders, amounts, strict=True))
+        return [at.get(order, MAX_UNITS) for order in self.orders]
+
+
+def _spec_of(job: JobView, field_name: str) -> int:
+    return int(getattr(job.spec, field_name))
+
+
+def _record(planned: Planned, settings: Settings) -> Granted:
+    meta, privacy = planned.job.meta, planned.plan.privacy
+    assert planned.job.spec is not None
+    return Granted(
+        job=ObjectReference(namespace=meta.namespace, name=meta.name, uid=meta.uid),
+        plan_digest=planned.plan.digest(),
+        epsilon=f"{privacy.epsilon:.9g}",
+        delta=planned.job.spec.privacy.delta,
+        noise_multiplier=repr(privacy.noise_multiplier),
+        sampling_rate=repr(privacy.sampling_rate),
+        clipping_norm=repr(privacy.clipping_norm),
+        steps=privacy.steps,
+        image=planned.image,
+        reports_prove=planned.image == settings.trainer_image,
+        charges=[
+            Charge(account=name, amounts=list(amounts)) for name, amounts in planned.demand.items()
+        ],
+    )
+
+
+def _in_words(planned: Planned, explanation: Explanation, table: _Table) -> Waiting:
+    """An explanation with its numbers, for the job's author."""
+    account, namespace = table.account_of(explanation.block)
+    name = account.opened.block.name
+    where = f"block {name}" if namespace is None else f"the cap of {namespace} on block {name}"
+    asked, left = format_epsilon(explanation.asked), format_epsilon(max(explanation.left, 0))
+    numbers = f"{where} (order {explanation.order:g}): asks {asked}, left {left}"
+    when = ""
+    if explanation.unlock_at is not None:
+        moment = datetime.fromtimestamp(explanation.unlock_at, UTC)
+        when = f"; enough is unlocked at {format_time(moment)}"
+    elif explanation.arrivals is not None:
+        when = f"; enough is unlocked once {explanation.arrivals} more jobs have asked"
+    texts = {
+        Reason.DEMAND_EXCEEDS_CAPACITY: f"{numbers} even of an unspent budget; ask for a smaller"
+        " epsilon, fewer steps or a larger noise multiplier",
+        Reason.BLOCK_EXHAUSTED: f"{numbers} for ever, the rest is consumed; ask for less or for"
+        " other blocks",
+        Reason.WAITING_FOR_REFUND: f"{numbers}; running jobs hold the rest and may return some",
+        Reason.WAITING_FOR_UNLOCK: f"{numbers} of what is unlocked{when}",
+        Reason.OUTRANKED: f"rank {explanation.rank} of {explanation.of} in the order of the"
+        f" policy; {numbers} after the jobs before it",
+    }
+    return _waiting(planned, explanation.reason, texts[explanation.reason])

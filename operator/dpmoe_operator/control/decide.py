@@ -1,0 +1,311 @@
+"""decide(snapshot) → what to commit; react(snapshot) → what to do. Both pure.
+
+A round commits first: accounts to open, grants to settle, launches, new grants, together in the
+ledger. Only then, on the state that the commit left, does it touch the cluster. So nothing runs
+that the ledger does not hold, and a crash anywhere leaves work that the next round finds again.
+
+The life of a grant:
+
+    granted → Job created, suspended → launched (in the ledger) → released → ended → settled
+
+A grant without the launched record has provably started nothing. A Job that was released and is
+suspended again is over: a second start would spend a second time.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from dpmoe_operator.api import dpmoejob, privateblock
+from dpmoe_operator.api.base import StatusModel
+from dpmoe_operator.api.ledgerentry import Launched, ObjectReference, Record, Settled
+from dpmoe_operator.control.accounts import Standing, standings, to_open
+from dpmoe_operator.control.actions import (
+    Action,
+    DeleteJob,
+    Prepare,
+    Release,
+    Remove,
+    SetStatus,
+    Stop,
+)
+from dpmoe_operator.control.allocation import Allocation, allocate
+from dpmoe_operator.control.planning import Planned, Planner, Refusal
+from dpmoe_operator.control.projection import block_status, job_status, timed_out
+from dpmoe_operator.control.settings import Settings
+from dpmoe_operator.control.settlement import (
+    Verdict,
+    settle,
+    verdict_of_ended,
+    verdict_of_unlaunched,
+    verdict_of_vanished,
+)
+from dpmoe_operator.control.views import (
+    BlockView,
+    JobView,
+    Meta,
+    Snapshot,
+    WorkloadView,
+    parse_time,
+)
+from dpmoe_operator.launch.manifests import Launch
+from dpmoe_operator.ledger.fold import Grant
+from dpmoe_trainer.contract import JobReference
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a round found out.
+
+    Attributes:
+        records: what must be committed before anything else happens.
+        allocation: which waiting jobs got budget, and why the others wait.
+        plans: of every job that could be planned, by uid.
+    """
+
+    records: tuple[Record, ...]
+    allocation: Allocation
+    plans: Mapping[str, Planned]
+
+
+def decide(snapshot: Snapshot, settings: Settings, planner: Planner) -> Decision:
+    """What the ledger must take in now.
+
+    Args:
+        snapshot: what the operator sees.
+        settings: policy, image, namespace.
+        planner: plans jobs, and remembers plans of manifests that did not change.
+    """
+    judged = standings(snapshot)
+    plans, refusals = _plan_all(snapshot, judged, planner)
+    openings = to_open(snapshot)
+    allocation = allocate(snapshot, settings, judged, plans, refusals)
+    records = [Record(account_opened=opening) for opening in openings]
+    records += [Record(settled=settled) for settled in _settlements(snapshot, plans, refusals)]
+    records += [Record(launched=launched) for launched in _launches(snapshot, plans)]
+    records += [Record(granted=granted) for granted in allocation.granted]
+    return Decision(tuple(records), allocation, plans)
+
+
+def react(snapshot: Snapshot, decision: Decision, settings: Settings) -> list[Action]:
+    """What to do in the cluster, on the ledger as the commit left it, launches first.
+
+    Args:
+        snapshot: as in `decide`, with the ledger after the commit.
+        decision: what `decide` found.
+        settings: as in `decide`.
+    """
+    judged = standings(snapshot)
+    return [
+        *_workload_actions(snapshot, decision, judged, settings),
+        *_job_statuses(snapshot, decision),
+        *_block_statuses(snapshot, decision, judged),
+        *_expired(snapshot),
+    ]
+
+
+def _plan_all(
+    snapshot: Snapshot, judged: Mapping[tuple[str, str], Standing], planner: Planner
+) -> tuple[dict[str, Planned], dict[str, Refusal]]:
+    """Plan every job that may still need its plan: those without a settled grant."""
+    plans: dict[str, Planned] = {}
+    refusals: dict[str, Refusal] = {}
+    for uid, job in snapshot.jobs.items():
+        grant = snapshot.ledger.grants.get(uid)
+        if grant is not None and grant.settled is not None:
+            continue
+        try:
+            plans[uid] = planner.plan(job, judged)
+        except Refusal as refusal:
+            refusals[uid] = refusal
+    return plans, refusals
+
+
+def _open_grants(snapshot: Snapshot) -> Iterator[tuple[str, Grant]]:
+    return ((u, grant) for u, grant in snapshot.ledger.grants.items() if grant.settled is None)
+
+
+def _settlements(
+    snapshot: Snapshot, plans: Mapping[str, Planned], refusals: Mapping[str, Refusal]
+) -> Iterator[Settled]:
+    for uid, grant in _open_grants(snapshot):
+        verdict = _verdict(snapshot, uid, grant, plans, refusals)
+        if verdict is not None:
+            yield settle(grant, verdict, snapshot.ledger)
+
+
+def _verdict(
+    snapshot: Snapshot,
+    uid: str,
+    grant: Grant,
+    plans: Mapping[str, Planned],
+    refusals: Mapping[str, Refusal],
+) -> Verdict | None:
+    """How an open grant ends now, or None if it goes on."""
+    if grant.launched is None:
+        if uid not in snapshot.jobs:
+            return verdict_of_unlaunched("the DPMoEJob was deleted before its launch")
+        if uid in refusals:
+            return verdict_of_unlaunched(
+                f"the plan does not hold any more: {refusals[uid].message}"
+            )
+        if plans[uid].plan.digest() != grant.granted.plan_digest:
+            return verdict_of_unlaunched(
+                "a block or the job changed between grant and launch; apply the job again"
+            )
+        return None
+    workload = snapshot.workloads.get(uid)
+    if workload is None or workload.meta.uid != grant.launched.workload.uid:
+        return verdict_of_vanished(grant)
+    if workload.cancelled and not workload.released:
+        return verdict_of_unlaunched("the DPMoEJob was deleted before its pods were released")
+    if workload.over and workload.confirmed:
+        return verdict_of_ended(grant, workload)
+    return None
+
+
+def _launches(snapshot: Snapshot, plans: Mapping[str, Planned]) -> Iterator[Launched]:
+    for uid, grant in _open_grants(snapshot):
+        workload = snapshot.workloads.get(uid)
+        if (
+            grant.launched is None
+            and workload is not None
+            and not workload.released
+            and uid in snapshot.prepared
+            and uid in plans
+            and plans[uid].plan.digest() == grant.granted.plan_digest
+        ):
+            yield Launched(job=grant.granted.job, workload=_reference(workload.meta))
+
+
+def _reference(meta: Meta) -> ObjectReference:
+    return ObjectReference(namespace=meta.namespace, name=meta.name, uid=meta.uid)
+
+
+def _workload_actions(
+    snapshot: Snapshot,
+    decision: Decision,
+    judged: Mapping[tuple[str, str], Standing],
+    settings: Settings,
+) -> Iterator[Action]:
+    for uid, grant in _open_grants(snapshot):
+        planned = decision.plans.get(uid)
+        workload = snapshot.workloads.get(uid)
+        if grant.launched is None and planned is not None and uid not in snapshot.prepared:
+            yield Prepare(_launch(planned, grant, judged, settings))
+        elif grant.launched is not None and workload is not None:
+            meta = workload.meta
+            if uid not in snapshot.jobs and not workload.cancelled:
+                yield Stop(uid, meta.namespace, meta.name)
+            elif not workload.released and not workload.cancelled:
+                yield Release(uid, meta.namespace, meta.name, meta.resource_version)
+    for uid, workload in snapshot.workloads.items():
+        if _is_orphan(snapshot, uid, workload):
+            yield Remove(workload.meta.namespace, workload.meta.name, workload.meta.uid)
+
+
+def _is_orphan(snapshot: Snapshot, uid: str, workload: WorkloadView) -> bool:
+    """A Job without a grant, or with a settled one whose DPMoEJob is gone."""
+    grant = snapshot.ledger.grants.get(uid)
+    if grant is None:
+        return True
+    return grant.settled is not None and (uid not in snapshot.jobs or not workload.released)
+
+
+def _launch(
+    planned: Planned,
+    grant: Grant,
+    judged: Mapping[tuple[str, str], Standing],
+    settings: Settings,
+) -> Launch:
+    spec = planned.job.spec
+    assert spec is not None
+    chosen = [judged[block.namespace, block.name].spec for block in planned.plan.blocks]
+    evaluation = [spec.evaluation for spec in chosen if spec.evaluation is not None]
+    return Launch(
+        job=JobReference(**grant.granted.job.model_dump()),
+        spec=spec,
+        namespace=spec.blocks.namespace,
+        plan_json=planned.plan.to_json(),
+        image=grant.granted.image,
+        tables=[*(block.dataset for block in chosen), *evaluation[:1]],
+        gpu_resource=settings.gpu_resource,
+        storage_cidrs=settings.storage_cidrs,
+        operator_labels=dict(settings.progress_labels),
+        operator_namespace=settings.namespace,
+        user=settings.pods_run_as,
+    )
+
+
+def _job_statuses(snapshot: Snapshot, decision: Decision) -> Iterator[SetStatus]:
+    for uid, job in snapshot.jobs.items():
+        waiting = decision.allocation.waiting.get(uid)
+        if uid not in snapshot.ledger.grants and waiting is None:
+            continue
+        status = job_status(
+            job, snapshot, waiting=waiting, suspended=bool(job.spec and job.spec.suspend)
+        )
+        yield from _changed(dpmoejob.PLURAL, dpmoejob.KIND, job, status)
+
+
+def _block_statuses(
+    snapshot: Snapshot, decision: Decision, judged: Mapping[tuple[str, str], Standing]
+) -> Iterator[SetStatus]:
+    asking = _asking(decision)
+    for standing in judged.values():
+        name = standing.account_name or ""
+        unlocked = decision.allocation.unlocked.get(name)
+        status = block_status(
+            standing,
+            snapshot,
+            waiting=asking.get(name, 0),
+            unlocked=unlocked.amounts if unlocked else None,
+            next_unlock=unlocked.complete_at if unlocked else None,
+        )
+        yield from _changed(privateblock.PLURAL, privateblock.KIND, standing.block, status)
+
+
+def _asking(decision: Decision) -> dict[str, int]:
+    """How many jobs wait for each account."""
+    count: dict[str, int] = {}
+    for uid in decision.allocation.waiting:
+        for account in decision.plans[uid].demand if uid in decision.plans else ():
+            count[account] = count.get(account, 0) + 1
+    return count
+
+
+def _changed(
+    plural: str, kind: str, view: JobView | BlockView, status: StatusModel
+) -> Iterator[SetStatus]:
+    """The write of a status that differs from the stored one; none where it does not."""
+    old: Mapping[str, Any] = view.status
+    new = status.to_object()
+    patch: dict[str, Any] = {key: value for key, value in new.items() if old.get(key) != value}
+    patch |= {key: None for key in old if key not in new}
+    if not patch:
+        return
+    event = None
+    if new.get("reason") and new.get("reason") != old.get("reason"):
+        bad = new.get("state") in ("Rejected", "Failed", "Refused")
+        event = ("Warning" if bad else "Normal", new["reason"], new.get("message", ""))
+    meta = view.meta
+    yield SetStatus(plural, kind, meta.namespace, meta.name, meta.uid, patch, event)
+
+
+def _expired(snapshot: Snapshot) -> Iterator[DeleteJob]:
+    for uid, job in snapshot.jobs.items():
+        ttl = job.spec.ttl_seconds_after_finished if job.spec else None
+        end = _end_of(job, snapshot)
+        if ttl is not None and end is not None and (snapshot.now - end).total_seconds() > ttl:
+            yield DeleteJob(job.meta.namespace, job.meta.name, uid)
+
+
+def _end_of(job: JobView, snapshot: Snapshot) -> datetime | None:
+    grant = snapshot.ledger.grants.get(job.meta.uid)
+    if grant is not None:
+        return parse_time(grant.settlement_time) if grant.settlement_time else None
+    if timed_out(job, snapshot.now):
+        condition = (job.status.get("conditions") or [{}])[0]
+        return parse_time(condition.get("lastTransitionTime", "")) if condition else None
+    return None

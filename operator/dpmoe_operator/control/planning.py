@@ -1,0 +1,449 @@
+"""From a job's manifest to its plan, or to the reason why there is none.
+
+A plan pins everything that a run depends on and prices it before anything is spent. Whatever the
+block's owner did not open, and whatever the numbers contradict, is refused here, with the field,
+the value and the remedy.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from dpmoe_operator.api.base import SpecError
+from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
+from dpmoe_operator.api.privateblock import Access, Dataset, Table
+from dpmoe_operator.api.reasons import Reason
+from dpmoe_operator.control.accounts import Standing
+from dpmoe_operator.control.settings import Settings
+from dpmoe_operator.control.views import JobView
+from dpmoe_operator.launch import paths
+from dpmoe_operator.privacy.calibration import CalibrationError, epsilon_for, noise_multiplier_for
+from dpmoe_operator.privacy.mechanisms import demand
+from dpmoe_operator.privacy.orders import DEFAULT_ORDERS
+from dpmoe_trainer.contract import (
+    BlockPlan,
+    DataFormat,
+    DataPlan,
+    EvaluationPlan,
+    JobReference,
+    ModelPlan,
+    OptimizerName,
+    OptimizerPlan,
+    OutputPlan,
+    ParallelPlan,
+    PartitionPlan,
+    PrivacyPlan,
+    TrainingPlan,
+    TrainingSettings,
+    UnitPlan,
+    UpcyclePlan,
+)
+
+MAX_EPSILON = Decimal(1000)
+"""Beyond this ε says nothing about privacy; a manifest that asks it is a mistake."""
+
+TOLERANCE = 1e-3
+"""Relative slack between a stated ε and the ε of a stated σ: both were written by hand."""
+
+
+class Refusal(Exception):
+    """The job cannot be planned as things stand."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        self.reason, self.message = reason, message
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job that may ask for budget.
+
+    Attributes:
+        job: the job.
+        plan: what its pods will run.
+        image: the trainer image.
+        demand: by account, what the plan costs at each of the account's orders (10⁻⁹ ε).
+        caps: by account, the most that the job's namespace may spend there, where it is capped.
+    """
+
+    job: JobView
+    plan: TrainingPlan
+    image: str
+    demand: Mapping[str, tuple[int, ...]]
+    caps: Mapping[str, str]
+
+
+def plan_job(
+    job: JobView, standings: Mapping[tuple[str, str], Standing], settings: Settings
+) -> Planned:
+    """Plan and price a job.
+
+    Raises:
+        Refusal: the reason from the fixed list, and a message for the job's author.
+    """
+    if job.spec is None:
+        raise Refusal(Reason.INVALID_SPEC, str(job.error))
+    try:
+        chosen = _choose_blocks(job.spec, standings)
+        access = _check_access(job, chosen, settings)
+        _check_blocks(job.spec, chosen)
+        plan = _plan(job, job.spec, chosen)
+    except (SpecError, CalibrationError) as error:
+        raise Refusal(Reason.INVALID_SPEC, str(error)) from error
+    mechanism = plan.privacy
+    return Planned(
+        job=job,
+        plan=plan,
+        image=job.spec.image or settings.trainer_image,
+        demand={
+            block.account: demand(
+                mechanism.noise_multiplier,
+                mechanism.sampling_rate,
+                mechanism.steps,
+                orders_of(standing),
+            )
+            for block, standing in zip(plan.blocks, chosen, strict=True)
+        },
+        caps={
+            block.account: grant.max_epsilon
+            for block, grant in zip(plan.blocks, access, strict=True)
+            if grant.max_epsilon is not None
+        },
+    )
+
+
+class Planner:
+    """Plans jobs, and remembers the plans of manifests that did not change since.
+
+    A pure function with a memory: calibration takes milliseconds, rounds look at thousands of jobs.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._known: dict[str, tuple[object, Planned | Refusal]] = {}
+
+    def plan(self, job: JobView, standings: Mapping[tuple[str, str], Standing]) -> Planned:
+        """As `plan_job`.
+
+        Raises:
+            Refusal: as `plan_job`.
+        """
+        key = (job.meta.generation, self._fingerprint(job, standings))
+        known = self._known.get(job.meta.uid)
+        if known is None or known[0] != key:
+            known = (key, self._fresh(job, standings))
+            self._known[job.meta.uid] = known
+        if isinstance(known[1], Refusal):
+            raise known[1]
+        return known[1]
+
+    def forget_all_but(self, uids: Collection[str]) -> None:
+        """Drop plans of jobs that are gone."""
+        self._known = {uid: known for uid, known in self._known.items() if uid in uids}
+
+    def _fresh(
+        self, job: JobView, standings: Mapping[tuple[str, str], Standing]
+    ) -> Planned | Refusal:
+        try:
+            return plan_job(job, standings, self._settings)
+        except Refusal as refusal:
+            return refusal
+
+    @staticmethod
+    def _fingerprint(
+        job: JobView, standings: Mapping[tuple[str, str], Standing]
+    ) -> frozenset[tuple[str, int, object]]:
+        """Versions of all blocks that the plan may depend on."""
+        if job.spec is None:
+            return frozenset()
+        wanted = job.spec.blocks
+        if wanted.names is not None:
+            keys = [(wanted.namespace, name) for name in wanted.names]
+        else:
+            keys = [key for key in standings if key[0] == wanted.namespace]
+        seen = (standings[key] for key in keys if key in standings)
+        return frozenset(
+            (s.block.meta.uid, s.block.meta.generation, (s.refusal, *s.block.meta.labels.items()))
+            for s in seen
+        )
+
+
+def orders_of(standing: Standing) -> tuple[float, ...]:
+    """The RDP orders on which a block's account is kept."""
+    orders: Sequence[str] = standing.spec.budget.orders or DEFAULT_ORDERS
+    return tuple(float(order) for order in orders)
+
+
+def _choose_blocks(
+    spec: DPMoEJobSpec, standings: Mapping[tuple[str, str], Standing]
+) -> list[Standing]:
+    """The blocks that the job names, or the first `count` that its selector matches, by name."""
+    wanted = spec.blocks
+    if wanted.names is not None:
+        missing = [name for name in wanted.names if (wanted.namespace, name) not in standings]
+        if missing:
+            raise Refusal(
+                Reason.BLOCK_NOT_FOUND,
+                f"spec.blocks.names: {missing[0]!r}: no such PrivateBlock in namespace"
+                f" {wanted.namespace}; see 'kubectl get privateblocks -n {wanted.namespace}'",
+            )
+        chosen = [standings[wanted.namespace, name] for name in wanted.names]
+    else:
+        assert wanted.selector is not None
+        labels = wanted.selector.match_labels.items()
+        matching = [
+            standing
+            for (namespace, _), standing in sorted(standings.items())
+            if namespace == wanted.namespace
+            and standing.refusal is None
+            and labels <= standing.block.meta.labels.items()
+        ]
+        count = wanted.count if wanted.count is not None else max(1, len(matching))
+        if len(matching) < count:
+            raise Refusal(
+                Reason.BLOCK_NOT_FOUND,
+                f"spec.blocks.count: {count}: only {len(matching)} PrivateBlocks in namespace"
+                f" {wanted.namespace} match {dict(labels)}; ask for fewer or wait for more",
+            )
+        chosen = matching[:count]
+    for standing in chosen:
+        if standing.refusal is not None:
+            raise Refusal(
+                Reason.BLOCK_NOT_FOUND,
+                f"spec.blocks: {standing.block.meta.name!r}: the block is refused"
+                f" ({standing.refusal[0]}); its owner must mend it first",
+            )
+    return chosen
+
+
+def _check_access(job: JobView, chosen: Sequence[Standing], settings: Settings) -> list[Access]:
+    """What each block's owner opened for the job's namespace; refuse what was not opened."""
+    assert job.spec is not None
+    grants = []
+    for standing in chosen:
+        name = standing.block.meta.name
+        access = standing.spec.access_of(job.meta.namespace)
+        if access is None:
+            raise Refusal(
+                Reason.BLOCK_NOT_SHARED,
+                f"spec.blocks: {name!r}: gives namespace {job.meta.namespace} no access; its owner"
+                " must add the namespace to the block's spec.access",
+            )
+        _check_image(job.spec, name, access, settings)
+        _check_model(job.spec, name, access)
+        _check_output(job.spec, name, access)
+        grants.append(access)
+    return grants
+
+
+def _check_image(spec: DPMoEJobSpec, block: str, access: Access, settings: Settings) -> None:
+    if spec.image not in (None, settings.trainer_image, *access.images):
+        raise Refusal(
+            Reason.BLOCK_NOT_SHARED,
+            f"spec.image: {spec.image!r}: is not trusted by block {block}; leave it out to use"
+            " the operator's trainer, or ask the owner to add it to spec.access.images",
+        )
+
+
+def _check_model(spec: DPMoEJobSpec, block: str, access: Access) -> None:
+    claim = spec.model.claim
+    if claim is not None and claim.claim_name not in access.models:
+        raise Refusal(
+            Reason.BLOCK_NOT_SHARED,
+            f"spec.model.claim.claimName: {claim.claim_name!r}: block {block} opens"
+            f" {list(access.models)} for models; use one of them, or ask the owner to add it to"
+            " spec.access.models",
+        )
+
+
+def _check_output(spec: DPMoEJobSpec, block: str, access: Access) -> None:
+    claim, uri = spec.output.claim, spec.output.uri
+    if claim is not None:
+        field, value = "spec.output.claim.claimName", claim.claim_name
+        opened = [o.claim_name for o in access.outputs if o.claim_name is not None]
+        allowed = value in opened
+    else:
+        assert uri is not None
+        field, value = "spec.output.uri", uri
+        opened = [o.uri_prefix for o in access.outputs if o.uri_prefix is not None]
+        allowed = any(value.startswith(prefix) for prefix in opened)
+    if not allowed:
+        raise Refusal(
+            Reason.BLOCK_NOT_SHARED,
+            f"{field}: {value!r}: block {block} opens {opened} for results; use one of them, or"
+            " ask the owner to add it to spec.access.outputs",
+        )
+
+
+def _check_blocks(spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> None:
+    """Refuse blocks that cannot be trained on together, and numbers that contradict the blocks."""
+    first = chosen[0].spec
+    for standing in chosen:
+        name, other = standing.block.meta.name, standing.spec
+        if other.dataset.labels != first.dataset.labels:
+            raise SpecError(
+                "spec.blocks",
+                name,
+                f"has {other.dataset.labels} labels, not {first.dataset.labels}",
+            )
+        if other.unit.kind != first.unit.kind:
+            raise SpecError(
+                "spec.blocks", name, f"protects {other.unit.kind}s, not {first.unit.kind}s"
+            )
+        if Decimal(spec.privacy.delta) * other.dataset.units >= 1:
+            raise SpecError(
+                "spec.privacy.delta",
+                spec.privacy.delta,
+                f"must be below 1/N = 1/{other.dataset.units}, the units of block {name}: at 1/N"
+                " one may be published whole",
+            )
+    if spec.parallelism.workers > 1 or spec.parallelism.expert_parallel > 1:
+        raise SpecError(
+            "spec.parallelism",
+            f"workers {spec.parallelism.workers}, expertParallel"
+            f" {spec.parallelism.expert_parallel}",
+            "must be 1: this version's trainer runs in one pod",
+        )
+
+
+def _plan(job: JobView, spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> TrainingPlan:
+    output = spec.output
+    return TrainingPlan(
+        job=JobReference(namespace=job.meta.namespace, name=job.meta.name, uid=job.meta.uid),
+        blocks=tuple(_block_plan(standing) for standing in chosen),
+        privacy=_privacy_plan(spec, chosen),
+        model=_model_plan(spec, chosen[0].spec.dataset.labels),
+        training=_training_settings(spec),
+        parallel=ParallelPlan(
+            workers=spec.parallelism.workers, expert_parallel=spec.parallelism.expert_parallel
+        ),
+        evaluation=_evaluation_plan(chosen),
+        output=OutputPlan(path=paths.output(job.meta.namespace, output.claim), uri=None)
+        if output.claim is not None
+        else OutputPlan(path=None, uri=output.uri),
+    )
+
+
+def _block_plan(standing: Standing) -> BlockPlan:
+    meta, spec = standing.block.meta, standing.spec
+    assert standing.account_name is not None
+    return BlockPlan(
+        namespace=meta.namespace,
+        name=meta.name,
+        account=standing.account_name,
+        units=spec.dataset.units,
+        unit=UnitPlan(kind=spec.unit.kind, column=spec.unit.column),
+        data=_data_plan(spec.dataset),
+    )
+
+
+def _data_plan(table: Table | Dataset) -> DataPlan:
+    hub = table.hugging_face
+    return DataPlan(
+        path=paths.table(table),
+        hugging_face=hub.id if hub else None,
+        revision=hub.revision if hub else None,
+        split=hub.split if hub else None,
+        format=DataFormat(table.format) if table.format else None,
+        text_column=table.text_column,
+        label_column=table.label_column,
+        partition=PartitionPlan(column=table.partition.column, values=tuple(table.partition.values))
+        if table.partition
+        else None,
+    )
+
+
+def _evaluation_plan(chosen: Sequence[Standing]) -> EvaluationPlan | None:
+    """The first block's releasable evaluation set, where an owner named one."""
+    tables = [s.spec.evaluation for s in chosen if s.spec.evaluation is not None]
+    return EvaluationPlan(data=_data_plan(tables[0])) if tables else None
+
+
+def _privacy_plan(spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> PrivacyPlan:
+    """Pin σ, q and the steps, from what the job states and the blocks' public sizes."""
+    units = sum(standing.spec.dataset.units for standing in chosen)
+    batch = spec.training.logical_batch
+    if batch > units:
+        raise SpecError(
+            "spec.training.logicalBatch",
+            batch,
+            f"must be at most {units}, the privacy units of the blocks together",
+        )
+    rate = batch / units
+    steps = spec.training.steps or math.ceil((spec.training.epochs or 1) * units / batch)
+    epsilon, noise_multiplier = _calibrated(spec, rate, steps)
+    return PrivacyPlan(
+        epsilon=epsilon,
+        delta=float(spec.privacy.delta),
+        noise_multiplier=noise_multiplier,
+        sampling_rate=rate,
+        steps=steps,
+        clipping_norm=float(spec.privacy.clipping_norm),
+        expected_batch=float(batch),
+        orders=orders_of(chosen[0]),
+    )
+
+
+def _calibrated(spec: DPMoEJobSpec, rate: float, steps: int) -> tuple[float, float]:
+    """(ε, σ) of the run: the one that is stated, and the other calibrated to it."""
+    privacy = spec.privacy
+    delta = float(privacy.delta)
+    if privacy.epsilon is not None and Decimal(privacy.epsilon) > MAX_EPSILON:
+        raise SpecError("spec.privacy.epsilon", privacy.epsilon, f"must be at most {MAX_EPSILON}")
+    if privacy.noise_multiplier is None:
+        assert privacy.epsilon is not None
+        noise = noise_multiplier_for(float(privacy.epsilon), delta, rate, steps)
+        return float(privacy.epsilon), noise
+    noise = float(privacy.noise_multiplier)
+    epsilon = epsilon_for(noise, delta, rate, steps)
+    if epsilon > MAX_EPSILON:
+        raise SpecError(
+            "spec.privacy.noiseMultiplier",
+            privacy.noise_multiplier,
+            f"costs epsilon {epsilon:.4g} at delta {privacy.delta}; must cost at most"
+            f" {MAX_EPSILON}",
+        )
+    if privacy.epsilon is not None and epsilon > float(privacy.epsilon) * (1 + TOLERANCE):
+        raise SpecError(
+            "spec.privacy.noiseMultiplier",
+            privacy.noise_multiplier,
+            f"contradicts epsilon {privacy.epsilon}: with sampling rate {rate:.4g} and {steps}"
+            f" steps it costs epsilon {epsilon:.4g}; state one of the two",
+        )
+    return epsilon, noise
+
+
+def _model_plan(spec: DPMoEJobSpec, labels: int) -> ModelPlan:
+    model = spec.model
+    return ModelPlan(
+        path=paths.model(model),
+        hugging_face=model.hugging_face.id if model.hugging_face else None,
+        revision=model.hugging_face.revision if model.hugging_face else None,
+        upcycle=UpcyclePlan(
+            experts=model.upcycle.experts,
+            top_k=model.upcycle.top_k,
+            layers=tuple(model.upcycle.layers),
+        )
+        if model.upcycle
+        else None,
+        labels=labels,
+        trainable=tuple(model.trainable),
+    )
+
+
+def _training_settings(spec: DPMoEJobSpec) -> TrainingSettings:
+    training = spec.training
+    optimizer = training.optimizer
+    return TrainingSettings(
+        method=training.method,
+        optimizer=OptimizerPlan(
+            name=OptimizerName(optimizer.name),
+            learning_rate=float(optimizer.learning_rate),
+            weight_decay=float(optimizer.weight_decay),
+            momentum=float(optimizer.momentum),
+            warmup_steps=optimizer.warmup_steps,
+        ),
+        max_tokens=training.max_tokens,
+        physical_batch=training.physical_batch,
+    )

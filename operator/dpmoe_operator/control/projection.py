@@ -1,0 +1,355 @@
+"""What people read: the status of blocks and jobs, projected from the ledger and the cluster.
+
+Status is never read back to decide about budget. The only fields that outlive their source are a
+finished job's scores, which are kept from the old status once its pods are gone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Literal
+
+from dpmoe_operator.api.dpmoejob import DPMoEJobStatus, EvaluationStatus
+from dpmoe_operator.api.ledgerentry import Charge
+from dpmoe_operator.api.privateblock import OrderStatus, PrivateBlockStatus, Spender
+from dpmoe_operator.api.reasons import Reason
+from dpmoe_operator.control.accounts import Standing
+from dpmoe_operator.control.settlement import read_report
+from dpmoe_operator.control.views import JobView, Snapshot, WorkloadView, format_time
+from dpmoe_operator.ledger.fold import Account, Grant
+from dpmoe_operator.privacy.calibration import epsilon_for
+from dpmoe_operator.privacy.capacity import epsilon_of
+from dpmoe_operator.privacy.units import format_epsilon, spend_units
+from dpmoe_trainer.contract import TrainingReport
+
+State = Literal["Pending", "Rejected", "Reserved", "Running", "Completed", "Failed", "Suspended"]
+
+REJECTED = (
+    Reason.BLOCK_NOT_FOUND,
+    Reason.BLOCK_NOT_SHARED,
+    Reason.INVALID_SPEC,
+    Reason.DEMAND_EXCEEDS_CAPACITY,
+    Reason.BLOCK_EXHAUSTED,
+)
+"""Reasons that time alone does not mend: somebody must act."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Why a job has no budget yet, in words, with the plan's numbers where it could be planned."""
+
+    reason: Reason
+    message: str
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    sampling_rate: float | None = None
+    steps: int | None = None
+    blocks: Sequence[str] = field(default=())
+
+
+def epsilon_text(account: Account, amounts: Sequence[int]) -> str:
+    """A curve on an account as the ε that it guarantees at the account's δ, for people."""
+    opened = account.opened
+    epsilon = epsilon_of(amounts, Decimal(opened.delta), opened.orders, opened.conversion)
+    return "inf" if epsilon is None else format_epsilon(spend_units(epsilon))
+
+
+def available_epsilon(account: Account, unlocked: Sequence[int]) -> str:
+    """The ε that one more job could still get: budget minus what is promised, as guarantees."""
+    opened = account.opened
+    delta = Decimal(opened.delta)
+    total = epsilon_of(account.spending.total, delta, opened.orders, opened.conversion)
+    ceiling = _ceiling(account, unlocked)
+    left = max(ceiling - (total or Decimal(0)), Decimal(0)) if total is not None else Decimal(0)
+    return format_epsilon(int(left * 10**9))
+
+
+def _ceiling(account: Account, unlocked: Sequence[int]) -> Decimal:
+    """ε of the unlocked part: all of it once everything is unlocked."""
+    capacity = account.capacity
+    epsilon = Decimal(account.opened.epsilon)
+    shares = [
+        Decimal(have) / Decimal(all_)
+        for have, all_ in zip(unlocked, capacity, strict=True)
+        if all_ > 0
+    ]
+    return epsilon * max(shares, default=Decimal(0))
+
+
+def used_share(account: Account) -> float:
+    """How much of the account is promised, in [0, 1]: the share at the order with most room."""
+    shares = [
+        total / capacity
+        for total, capacity in zip(account.spending.total, account.capacity, strict=True)
+        if capacity > 0
+    ]
+    return min(shares, default=1.0)
+
+
+def block_status(
+    standing: Standing,
+    snapshot: Snapshot,
+    *,
+    waiting: int,
+    unlocked: Sequence[int] | None,
+    next_unlock: datetime | None,
+) -> PrivateBlockStatus:
+    """The status of a block.
+
+    Args:
+        standing: the block and whether it stands.
+        snapshot: for its account.
+        waiting: jobs that ask for it and have no budget yet.
+        unlocked: what unlocking released so far at each order; None where no account is open.
+        next_unlock: when time-unlocking completes.
+    """
+    generation = standing.block.meta.generation
+    account = snapshot.ledger.accounts.get(standing.account_name or "")
+    if standing.refusal is not None or account is None or unlocked is None:
+        reason, message = standing.refusal or ("AccountPending", "the account is being opened")
+        state: Literal["Refused"] | None = "Refused" if standing.refusal else None
+        return PrivateBlockStatus(
+            state=state,
+            reason=reason,
+            message=message[:2048],
+            account=standing.account_name,
+            observed_generation=generation,
+            conditions=_conditions(
+                standing.block.status,
+                [("Ready", "False" if state else "Unknown", reason, message)],
+                generation,
+                snapshot.now,
+            ),
+        )
+    used = used_share(account)
+    exhausted = used >= 1
+    spending = account.spending
+    reason = "BudgetExhausted" if exhausted else "BudgetAvailable"
+    message = (
+        f"{used:.1%} of epsilon {account.opened.epsilon} at delta {account.opened.delta} is"
+        f" promised to {spending.jobs} jobs, for ever"
+    )
+    return PrivateBlockStatus(
+        state="Exhausted" if exhausted else "Ready",
+        reason=reason,
+        message=message,
+        account=account.opened.account,
+        epsilon=account.opened.epsilon,
+        consumed=epsilon_text(account, spending.consumed),
+        reserved=epsilon_text(account, spending.reserved),
+        available=available_epsilon(account, unlocked),
+        used=f"{used:.0%}",
+        waiting=waiting,
+        jobs=spending.jobs,
+        next_unlock=format_time(next_unlock) if next_unlock else None,
+        orders=[
+            OrderStatus(
+                order=order,
+                capacity=format_epsilon(account.capacity[i]),
+                unlocked=format_epsilon(unlocked[i]),
+                reserved=format_epsilon(spending.reserved[i]),
+                consumed=format_epsilon(spending.consumed[i]),
+            )
+            for i, order in enumerate(account.opened.orders)
+        ],
+        spenders=[
+            Spender(
+                namespace=namespace,
+                epsilon=epsilon_text(account, spent.total),
+                jobs=spent.jobs,
+            )
+            for namespace, spent in sorted(account.by_namespace.items())[:32]
+        ],
+        observed_generation=generation,
+        conditions=_conditions(
+            standing.block.status, [("Ready", "True", reason, message)], generation, snapshot.now
+        ),
+    )
+
+
+def job_status(
+    job: JobView, snapshot: Snapshot, *, waiting: Waiting | None, suspended: bool
+) -> DPMoEJobStatus:
+    """The status of a job: granted, or waiting for the reason given."""
+    grant = snapshot.ledger.grants.get(job.meta.uid)
+    if grant is None:
+        assert waiting is not None
+        return _status_without_grant(job, snapshot, waiting, suspended)
+    return _status_with_grant(job, snapshot, grant)
+
+
+def timed_out(job: JobView, now: datetime) -> bool:
+    """Whether a job without budget waited longer than its timeout."""
+    limit = job.spec.timeout_seconds if job.spec else None
+    return limit is not None and (now - job.meta.created).total_seconds() > limit
+
+
+def _status_without_grant(
+    job: JobView, snapshot: Snapshot, waiting: Waiting, suspended: bool
+) -> DPMoEJobStatus:
+    state: State = "Rejected" if waiting.reason in REJECTED else "Pending"
+    reason, message = str(waiting.reason), waiting.message
+    if timed_out(job, snapshot.now):
+        state, reason = "Failed", "TimedOut"
+        message = f"no budget within spec.timeoutSeconds; last reason {waiting.reason}: {message}"
+    elif suspended and state == "Pending":
+        state = "Suspended"
+    return DPMoEJobStatus(
+        state=state,
+        reason=reason,
+        message=message[:2048],
+        epsilon=_number(waiting.epsilon),
+        noise_multiplier=_number(waiting.noise_multiplier),
+        sampling_rate=_number(waiting.sampling_rate),
+        steps=waiting.steps,
+        blocks=list(waiting.blocks) or None,
+        observed_generation=job.meta.generation,
+        conditions=_conditions(
+            job.status,
+            [("BudgetReserved", "False", reason, message)],
+            job.meta.generation,
+            snapshot.now,
+        ),
+    )
+
+
+def _status_with_grant(job: JobView, snapshot: Snapshot, grant: Grant) -> DPMoEJobStatus:
+    granted, settled = grant.granted, grant.settled
+    workload = snapshot.workloads.get(job.meta.uid)
+    progress = snapshot.progress.get(job.meta.uid)
+    state, reason, message = _phase(grant, workload, snapshot.launch_errors.get(job.meta.uid))
+    report = _report(workload)
+    evaluation, output = _scores(job.status, report)
+    done = settled.steps if settled else progress.step if progress else 0
+    reserved_message = f"reserved in {grant.entry} at {grant.time}"
+    conditions = [("BudgetReserved", "True", "Granted", reserved_message)]
+    if settled is not None:
+        success = "True" if state == "Completed" else "False"
+        conditions.append(("Succeeded", success, reason, message))
+    return DPMoEJobStatus(
+        state=state,
+        reason=reason,
+        message=message[:2048],
+        epsilon=_number(float(granted.epsilon)),
+        epsilon_spent=_spent(grant),
+        noise_multiplier=_number(float(granted.noise_multiplier)),
+        sampling_rate=_number(float(granted.sampling_rate)),
+        steps=granted.steps,
+        steps_done=done,
+        progress=f"{100 * done // granted.steps}%",
+        blocks=_block_names(snapshot, granted.charges),
+        grant_entry=grant.entry,
+        settlement_entry=grant.settlement_entry,
+        evaluation=evaluation,
+        output=output,
+        start_time=_to_seconds(grant.time),
+        completion_time=_to_seconds(grant.settlement_time),
+        observed_generation=job.meta.generation,
+        conditions=_conditions(job.status, conditions, job.meta.generation, snapshot.now),
+    )
+
+
+def _phase(
+    grant: Grant, workload: WorkloadView | None, launch_error: str | None
+) -> tuple[State, str, str]:
+    """State, reason and message of a job that has budget."""
+    settled = grant.settled
+    if settled is not None:
+        state: State = "Completed" if settled.outcome == "Completed" else "Failed"
+        return state, settled.outcome, settled.message
+    if launch_error is not None:
+        return "Reserved", "LaunchFailed", f"the trainer cannot be launched: {launch_error}"
+    if grant.launched is None or workload is None:
+        return "Reserved", "Launching", "budget is reserved; the trainer pods are being created"
+    if any(pod.running for pod in workload.pods):
+        return "Running", "Training", "the trainer runs; budget is reserved until it reports"
+    stuck = next((pod.waiting for pod in workload.pods if pod.waiting and not pod.gone), None)
+    if stuck is not None:
+        return "Reserved", "PodWaiting", f"the trainer pod waits: {stuck}"
+    return "Reserved", "PodPending", "budget is reserved; the trainer pods wait for a node"
+
+
+def _report(workload: WorkloadView | None) -> TrainingReport | None:
+    for pod in workload.first_pods if workload else ():
+        report = read_report(pod)
+        if isinstance(report, TrainingReport):
+            return report
+    return None
+
+
+def _scores(
+    old: Mapping[str, Any], report: TrainingReport | None
+) -> tuple[EvaluationStatus | None, str | None]:
+    if report is None:
+        kept = old.get("evaluation")
+        return (EvaluationStatus.model_validate(kept) if kept else None), old.get("output")
+    scores = report.evaluation
+    if scores is None:
+        return None, report.output
+    return (
+        EvaluationStatus(
+            accuracy=f"{scores.accuracy:.4f}",
+            majority_share=f"{scores.majority_share:.4f}",
+            examples=scores.examples,
+        ),
+        report.output,
+    )
+
+
+def _spent(grant: Grant) -> str | None:
+    """ε of the steps that a settled job is charged for, at the job's own δ."""
+    granted, settled = grant.granted, grant.settled
+    if settled is None:
+        return None
+    if settled.steps == 0:
+        return "0"
+    if settled.steps == granted.steps:
+        return _number(float(granted.epsilon))
+    return _number(
+        epsilon_for(
+            float(granted.noise_multiplier),
+            float(granted.delta),
+            float(granted.sampling_rate),
+            settled.steps,
+        )
+    )
+
+
+def _block_names(snapshot: Snapshot, charges: Sequence[Charge]) -> list[str]:
+    return [snapshot.ledger.accounts[charge.account].opened.block.name for charge in charges]
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.6g}"
+
+
+def _to_seconds(time: str | None) -> str | None:
+    return None if time is None else f"{time[:19]}Z"
+
+
+def _conditions(
+    old: Mapping[str, Any],
+    wanted: Sequence[tuple[str, str, str, str]],
+    generation: int,
+    now: datetime,
+) -> list[Any]:
+    """Conditions with their transition times kept where the status did not change."""
+    before = {c.get("type"): c for c in old.get("conditions") or []}
+    result = []
+    for kind, status, reason, message in wanted:
+        previous = before.get(kind, {})
+        same = previous.get("status") == status
+        result.append(
+            {
+                "type": kind,
+                "status": status,
+                "reason": reason,
+                "message": message[:2048],
+                "lastTransitionTime": previous.get("lastTransitionTime")
+                if same
+                else format_time(now),
+                "observedGeneration": generation,
+            }
+        )
+    return result

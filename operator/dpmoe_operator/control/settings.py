@@ -1,0 +1,26 @@
+"""What the platform team configures, as one immutable value."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Configuration of the operator.
+
+    Attributes:
+        namespace: where the ledger and the Lease live.
+        trainer_image: the operator's own trainer image, the only one whose reports prove a refund.
+        policy: name of the scheduling policy.
+        gpu_resource: extended resource name of a GPU.
+        storage_cidrs: address ranges that trainer pods may reach beside each other and DNS.
+        progress_labels: labels of the operator's own pods, which may poll the trainers' progress.
+        pods_run_as: numeric user and group of the trainer's process.
+    """
+
+    namespace: str
+    trainer_image: str
+    policy: str = "dpf"
+    gpu_resource: str = "nvidia.com/gpu"
+    storage_cidrs: tuple[str, ...] = ()
+    progress_labels: tuple[tuple[str, str], ...] = (("app.kubernetes.io/name", "dpmoe"),)
+    pods_run_as: int = 65532

@@ -1,0 +1,167 @@
+"""Closing a grant: what a job really consumed, as far as that is proven.
+
+The rule of every row: what is not proven unspent is spent. Two things prove:
+
+- the ledger, or the pods' own states, show that no container with data ever started: all returns;
+- the report of the operator's own trainer image, from the only pod that ever ran as rank 0, answers
+  the granted plan: the steps that it did not take return.
+
+Everything else is charged in full, and the settlement says why.
+"""
+
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from dpmoe_operator.api.ledgerentry import Charge, Settled
+from dpmoe_operator.control.views import PodView, WorkloadView
+from dpmoe_operator.ledger.fold import Grant, LedgerState
+from dpmoe_operator.privacy.mechanisms import demand
+from dpmoe_trainer.contract import (
+    TERMINATION_MESSAGE_BYTES,
+    Mechanism,
+    Outcome,
+    TrainingReport,
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a settlement rests on.
+
+    Attributes:
+        outcome: one word for the ledger and for people.
+        steps: steps charged.
+        message: why.
+    """
+
+    outcome: str
+    steps: int
+    message: str
+
+
+def settle(grant: Grant, verdict: Verdict, ledger: LedgerState) -> Settled:
+    """The record that closes a grant by a verdict.
+
+    Args:
+        grant: the open grant.
+        verdict: how many of its steps are charged, at most the plan's.
+        ledger: for the orders of the accounts.
+    """
+    granted = grant.granted
+    assert 0 <= verdict.steps <= granted.steps
+    return Settled(
+        job=granted.job,
+        outcome=verdict.outcome,
+        steps=verdict.steps,
+        message=verdict.message[:1024],
+        charges=[_charge(grant, charge, verdict.steps, ledger) for charge in granted.charges],
+    )
+
+
+def _charge(grant: Grant, reserved: Charge, steps: int, ledger: LedgerState) -> Charge:
+    granted = grant.granted
+    if steps == granted.steps:
+        return reserved
+    orders = tuple(float(order) for order in ledger.accounts[reserved.account].opened.orders)
+    cost = demand(float(granted.noise_multiplier), float(granted.sampling_rate), steps, orders)
+    amounts = [min(used, held) for used, held in zip(cost, reserved.amounts, strict=True)]
+    return Charge(account=reserved.account, amounts=amounts)
+
+
+def verdict_of_unlaunched(message: str) -> Verdict:
+    """A grant that the ledger does not show as launched: its suspended Job never had a pod."""
+    return Verdict("NeverStarted", 0, message)
+
+
+def verdict_of_vanished(grant: Grant) -> Verdict:
+    """A launched grant whose Job is gone: nothing shows any more what its pods did."""
+    return Verdict(
+        "WorkloadVanished",
+        grant.granted.steps,
+        "the Job was deleted by somebody else, and with it all proof of what it did",
+    )
+
+
+def verdict_of_ended(grant: Grant, workload: WorkloadView) -> Verdict:
+    """A launched grant whose Job ended or was stopped, so that no pod of it runs any more."""
+    if _never_started(workload):
+        return Verdict("NeverStarted", 0, f"no container ever started ({workload.reason})")
+    return _verdict_of_report(grant, workload)
+
+
+def _never_started(workload: WorkloadView) -> bool:
+    """Whether every pod that the Job accounts for was seen, and none of them ever started."""
+    return (
+        len(workload.pods) > 0
+        and workload.ended <= len(workload.pods)
+        and workload.active == 0
+        and not any(pod.may_have_started for pod in workload.pods)
+    )
+
+
+def _verdict_of_report(grant: Grant, workload: WorkloadView) -> Verdict:
+    full = grant.granted.steps
+    pods = workload.first_pods
+    if not grant.granted.reports_prove:
+        return Verdict(
+            "Charged", full, f"reports of image {grant.granted.image} prove nothing: full charge"
+        )
+    if len(pods) != 1 or workload.ended > len(workload.pods):
+        return Verdict("ReportMissing", full, f"rank 0 ran in {len(pods)} known pods, not in one")
+    report = read_report(pods[0])
+    if isinstance(report, str):
+        return Verdict("ReportMissing", full, report)
+    problem = _contradiction(grant, report, pods[0])
+    if problem is not None:
+        return Verdict("ReportRefused", full, problem)
+    if report.outcome is Outcome.COMPLETED:
+        return Verdict("Completed", full, "the plan ran to its end")
+    return Verdict(
+        report.outcome.value,
+        report.mechanism.steps,
+        f"{report.mechanism.steps} of {full} steps taken: {report.message}",
+    )
+
+
+def read_report(pod: PodView) -> TrainingReport | str:
+    """The report in a pod's termination message, or what is wrong with it."""
+    if pod.exit_code is None:
+        return "rank 0 ended without an exit code"
+    if not pod.message:
+        return f"rank 0 ended with exit code {pod.exit_code} and wrote no report"
+    if len(pod.message.encode()) > TERMINATION_MESSAGE_BYTES:
+        return "the report is longer than a termination message"
+    try:
+        return TrainingReport.model_validate_json(pod.message)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "report"
+        return f"the report is malformed at {where}: {first['msg']}"
+
+
+def _contradiction(grant: Grant, report: TrainingReport, pod: PodView) -> str | None:
+    """Where the report does not answer the granted plan."""
+    granted = grant.granted
+    if report.job.uid != granted.job.uid:
+        return "the report belongs to another job"
+    if report.plan_digest != granted.plan_digest:
+        return "the report answers another plan"
+    if report.mechanism != _mechanism(grant, report):
+        return "the report's mechanism is not the plan's"
+    if report.mechanism.steps > granted.steps:
+        return f"the report counts {report.mechanism.steps} steps of {granted.steps}"
+    if report.outcome is Outcome.COMPLETED and report.mechanism.steps != granted.steps:
+        return f"the report claims completion after {report.mechanism.steps} of {granted.steps}"
+    if (report.outcome is Outcome.COMPLETED) != (pod.exit_code == 0):
+        return f"the report says {report.outcome.value}, the exit code is {pod.exit_code}"
+    return None
+
+
+def _mechanism(grant: Grant, report: TrainingReport) -> Mechanism:
+    return Mechanism(
+        noise_multiplier=float(grant.granted.noise_multiplier),
+        sampling_rate=float(grant.granted.sampling_rate),
+        clipping_norm=float(grant.granted.clipping_norm),
+        steps=report.mechanism.steps,
+    )

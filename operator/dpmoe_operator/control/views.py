@@ -1,0 +1,262 @@
+"""What the operator sees: typed, immutable views of the objects, and the snapshot of a round.
+
+Views are built from plain JSON objects at the edge. A manifest that does not parse keeps its error:
+it is answered, not skipped.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from dpmoe_operator.api.base import SpecError, parse
+from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
+from dpmoe_operator.api.privateblock import PrivateBlockSpec
+from dpmoe_operator.ledger.fold import LedgerState
+from dpmoe_trainer.contract import Progress
+
+Json = Mapping[str, Any]
+
+
+def parse_time(text: str) -> datetime:
+    """An RFC 3339 time, as Kubernetes writes it."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+
+
+def format_time(moment: datetime) -> str:
+    """An RFC 3339 time in UTC to the second, as Kubernetes reads it."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The part of an object's metadata that decisions depend on."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: str
+    created: datetime
+    labels: Mapping[str, str]
+
+    @classmethod
+    def of(cls, manifest: Json) -> "Meta":
+        """Read the metadata of a stored object."""
+        meta = manifest["metadata"]
+        return cls(
+            namespace=meta.get("namespace", ""),
+            name=meta["name"],
+            uid=meta["uid"],
+            generation=meta.get("generation", 0),
+            resource_version=meta.get("resourceVersion", ""),
+            created=parse_time(meta["creationTimestamp"]),
+            labels=meta.get("labels") or {},
+        )
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Namespace and name."""
+        return self.namespace, self.name
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """A PrivateBlock. `spec` is None where the manifest says something that cannot hold."""
+
+    meta: Meta
+    spec: PrivateBlockSpec | None
+    error: SpecError | None
+    status: Json
+
+    @classmethod
+    def of(cls, manifest: Json) -> "BlockView":
+        """View a stored PrivateBlock."""
+        spec, error = None, None
+        try:
+            spec = parse(PrivateBlockSpec, manifest.get("spec") or {})
+        except SpecError as problem:
+            error = problem
+        return cls(Meta.of(manifest), spec, error, manifest.get("status") or {})
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A DPMoEJob. `spec` is None where the manifest says something that cannot hold."""
+
+    meta: Meta
+    spec: DPMoEJobSpec | None
+    error: SpecError | None
+    status: Json
+
+    @classmethod
+    def of(cls, manifest: Json) -> "JobView":
+        """View a stored DPMoEJob."""
+        spec, error = None, None
+        try:
+            spec = parse(DPMoEJobSpec, manifest.get("spec") or {})
+        except SpecError as problem:
+            error = problem
+        return cls(Meta.of(manifest), spec, error, manifest.get("status") or {})
+
+
+@dataclass(frozen=True)
+class PodView:
+    """A trainer pod, alive or as it was last seen before it was deleted.
+
+    Attributes:
+        index: its completion index, which is its rank's node.
+        scheduled: a node had been chosen.
+        may_have_started: nothing proves that its container never ran.
+        exit_code: of the trainer container, once it ended.
+        message: its termination message, once it ended.
+        waiting: why its container does not run yet, e.g. `ErrImagePull: no such image`.
+    """
+
+    uid: str
+    index: int
+    gone: bool
+    scheduled: bool
+    may_have_started: bool
+    running: bool
+    exit_code: int | None
+    message: str | None
+    waiting: str | None
+
+    @classmethod
+    def of(cls, manifest: Json, *, gone: bool = False) -> "PodView":
+        """View a pod; `gone` where the object is the last one before its deletion."""
+        meta, status = manifest["metadata"], manifest.get("status") or {}
+        containers = status.get("containerStatuses") or []
+        states = [container.get("state") or {} for container in containers]
+        ended = next((s["terminated"] for s in states if "terminated" in s), None)
+        waits = next((s["waiting"] for s in states if "waiting" in s), None)
+        scheduled = bool((manifest.get("spec") or {}).get("nodeName"))
+        return cls(
+            uid=meta["uid"],
+            index=int((meta.get("annotations") or {}).get(COMPLETION_INDEX, 0)),
+            gone=gone,
+            scheduled=scheduled,
+            may_have_started=scheduled and not _never_started(status, containers, gone),
+            running=any("running" in s for s in states),
+            exit_code=ended.get("exitCode") if ended else None,
+            message=ended.get("message") if ended else None,
+            waiting=": ".join(filter(None, (waits.get("reason"), waits.get("message"))))
+            if waits
+            else None,
+        )
+
+
+COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+RELEASED = "dpmoe.dev/released"
+"""Annotation of a Kubernetes Job, set in the same write that lets its pods run."""
+CANCELLED = "dpmoe.dev/cancelled"
+"""Annotation of a Kubernetes Job that the operator gave up. The write fences off an operator with
+an older view: a release carries the resource version that it was decided on."""
+
+
+def _never_started(status: Json, containers: list[Any], gone: bool) -> bool:
+    """Whether the kubelet's own word shows that no container of a scheduled pod ever ran."""
+    if status.get("phase", "Pending") != "Pending":
+        return False
+    disrupted = any(c.get("type") == "DisruptionTarget" for c in status.get("conditions") or [])
+    if gone and (disrupted or not containers):
+        # Deleted past the kubelet, or before it said anything: its last word may be stale.
+        return False
+    return all(
+        "waiting" in (container.get("state") or {})
+        and not container.get("lastState")
+        and not container.get("restartCount")
+        for container in containers
+    )
+
+
+@dataclass(frozen=True)
+class WorkloadView:
+    """The Kubernetes Job that runs a granted job, with every pod of it that was ever seen.
+
+    Attributes:
+        released: the operator let its pods run, once; a Job that is suspended after that is over,
+            since a second start would spend a second time.
+        cancelled: the operator gave the Job up; it is never released after that.
+        active: pods that run or may run.
+        ended: pods that the Job counted as succeeded or failed.
+        suspended: the Job is suspended and has no pods left that run or end.
+        confirmed: the pods were read from the server after the Job had ended, so that a slow watch
+            is not mistaken for a missing report.
+        outcome: `Complete` or `Failed` once the Job has that condition.
+        reason: the condition's reason and message.
+    """
+
+    meta: Meta
+    released: bool
+    cancelled: bool
+    asked_to_suspend: bool
+    suspended: bool
+    active: int
+    ended: int
+    outcome: str | None
+    reason: str
+    confirmed: bool
+    pods: tuple[PodView, ...] = ()
+
+    @classmethod
+    def of(
+        cls, manifest: Json, pods: tuple[PodView, ...], *, confirmed: bool = False
+    ) -> "WorkloadView":
+        """View a Kubernetes Job and its pods."""
+        annotations = manifest["metadata"].get("annotations") or {}
+        status = manifest.get("status") or {}
+        true = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
+        outcome = next((kind for kind in ("Complete", "Failed") if kind in true), None)
+        condition = true.get(outcome or "", {})
+        active = status.get("active") or 0
+        leaving = status.get("terminating") or 0
+        return cls(
+            meta=Meta.of(manifest),
+            released=RELEASED in annotations,
+            cancelled=CANCELLED in annotations,
+            asked_to_suspend=bool((manifest.get("spec") or {}).get("suspend")),
+            suspended="Suspended" in true and active == 0 and leaving == 0,
+            active=active,
+            ended=(status.get("succeeded") or 0) + (status.get("failed") or 0),
+            outcome=outcome,
+            reason=": ".join(filter(None, (condition.get("reason"), condition.get("message")))),
+            confirmed=confirmed,
+            pods=pods,
+        )
+
+    @property
+    def over(self) -> bool:
+        """No pod of it runs or will run: the Job ended, or was suspended after its release."""
+        return self.outcome is not None or (self.released and self.suspended)
+
+    @property
+    def first_pods(self) -> tuple[PodView, ...]:
+        """The pods of completion index 0; rank 0 lives in the only one, unless it was replaced."""
+        return tuple(pod for pod in self.pods if pod.index == 0)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a round may look at.
+
+    Attributes:
+        blocks: by (namespace, name).
+        jobs: by uid.
+        workloads: Kubernetes Jobs by the uid of the DPMoEJob that they run.
+        prepared: uids of DPMoEJobs whose launched objects are all known to exist.
+        launch_errors: what kept a granted job's objects from being created, by its uid.
+        progress: what rank 0 last reported, by the DPMoEJob's uid.
+        ledger: fold of the log.
+        now: the time of the decision.
+    """
+
+    blocks: Mapping[tuple[str, str], BlockView]
+    jobs: Mapping[str, JobView]
+    workloads: Mapping[str, WorkloadView]
+    ledger: LedgerState
+    now: datetime
+    prepared: frozenset[str] = frozenset()
+    launch_errors: Mapping[str, str] = field(default_factory=dict)
+    progress: Mapping[str, Progress] = field(default_factory=dict)

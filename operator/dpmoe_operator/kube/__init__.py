@@ -1,0 +1,1 @@
+"""The edge to Kubernetes: the only room that imports kopf or kubernetes."""

@@ -1,0 +1,209 @@
+"""Applies a round's actions to the cluster: launches first, then what people read."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from dpmoe_operator.control.actions import (
+    Action,
+    DeleteJob,
+    Prepare,
+    Release,
+    Remove,
+    SetStatus,
+    Stop,
+)
+from dpmoe_operator.control.views import CANCELLED, RELEASED, format_time
+from dpmoe_operator.kube.client import KubeClient
+from dpmoe_operator.kube.errors import AlreadyExists, ApiError, Conflict, NotFound, Unreachable
+from dpmoe_operator.kube.picture import Picture
+from dpmoe_operator.kube.resources import (
+    CONFIG_MAPS,
+    DPMOE_JOBS,
+    EVENTS,
+    JOBS,
+    NETWORK_POLICIES,
+    PRIVATE_BLOCKS,
+    SERVICES,
+    Resource,
+)
+from dpmoe_operator.launch.manifests import (
+    Launch,
+    build_config_map,
+    build_job,
+    build_network_policy,
+    build_service,
+)
+
+logger = logging.getLogger(__name__)
+
+PARALLEL_WRITES = 16
+
+_CUSTOM = {resource.plural: resource for resource in (PRIVATE_BLOCKS, DPMOE_JOBS)}
+
+
+class Applier:
+    """Writes to the API server. An action that fails is decided again by the next round."""
+
+    def __init__(self, client: KubeClient, picture: Picture, *, identity: str) -> None:
+        self._client, self._picture, self._identity = client, picture, identity
+
+    async def apply(self, actions: Iterable[Action]) -> None:
+        """Apply actions, workloads before statuses, each group in parallel."""
+        todo = list(actions)
+        await self._all(a for a in todo if not isinstance(a, SetStatus))
+        await self._all(a for a in todo if isinstance(a, SetStatus))
+
+    async def _all(self, actions: Iterable[Action]) -> None:
+        limit = asyncio.Semaphore(PARALLEL_WRITES)
+
+        async def one(action: Action) -> None:
+            async with limit:
+                await self._one(action)
+
+        await asyncio.gather(*(one(action) for action in actions))
+
+    async def _one(self, action: Action) -> None:
+        try:
+            if isinstance(action, Prepare):
+                await self._prepare(action.launch)
+            elif isinstance(action, Release):
+                await self._release(action)
+            elif isinstance(action, Stop):
+                await self._stop(action)
+            elif isinstance(action, Remove):
+                await self._client.delete(
+                    JOBS, action.namespace, action.name, precondition_uid=action.uid
+                )
+            elif isinstance(action, DeleteJob):
+                await self._client.delete(
+                    DPMOE_JOBS, action.namespace, action.name, precondition_uid=action.uid
+                )
+            else:
+                await self._set_status(action)
+        except (NotFound, Conflict):
+            pass  # It changed or went since the snapshot: the next round sees it as it is.
+        except Unreachable:
+            raise
+        except ApiError as error:
+            logger.error("%s was refused: %s", type(action).__name__, error)
+
+    async def _prepare(self, launch: Launch) -> None:
+        """Create the suspended Job and what it owns; all of it may exist from an earlier try."""
+        uid = launch.job.uid
+        try:
+            job = await self._ensure(JOBS, build_job(launch))
+            owner = {
+                "apiVersion": "batch/v1",
+                "kind": "Job",
+                "name": job["metadata"]["name"],
+                "uid": job["metadata"]["uid"],
+            }
+            for resource, manifest in (
+                (CONFIG_MAPS, build_config_map(launch)),
+                (SERVICES, build_service(launch)),
+                (NETWORK_POLICIES, build_network_policy(launch)),
+            ):
+                manifest["metadata"]["ownerReferences"] = [owner]
+                there = await self._ensure(resource, manifest)
+                _check_owner(there, owner["uid"])
+                if resource is CONFIG_MAPS and there.get("data") != manifest["data"]:
+                    raise ApiError(
+                        409, "Conflict", f"ConfigMap {owner['name']} holds another plan: delete it"
+                    )
+        except Unreachable:
+            raise
+        except ApiError as error:
+            self._picture.launch_errors[uid] = str(error)
+            raise
+        self._picture.launch_errors.pop(uid, None)
+        self._picture.prepared.add(uid)
+        self._picture.on_workload("MODIFIED", job)
+
+    async def _ensure(self, resource: Resource, manifest: dict[str, Any]) -> dict[str, Any]:
+        meta = manifest["metadata"]
+        try:
+            return await self._client.create(resource, meta["namespace"], manifest)
+        except AlreadyExists:
+            return await self._client.get(resource, meta["namespace"], meta["name"])
+
+    async def _release(self, action: Release) -> None:
+        patch = {
+            "metadata": {
+                "resourceVersion": action.resource_version,
+                "annotations": {RELEASED: format_time(datetime.now(UTC))},
+            },
+            "spec": {"suspend": False},
+        }
+        job = await self._client.patch(JOBS, action.namespace, action.name, patch)
+        self._picture.on_workload("MODIFIED", job)
+
+    async def _stop(self, action: Stop) -> None:
+        patch = {
+            "metadata": {"annotations": {CANCELLED: format_time(datetime.now(UTC))}},
+            "spec": {"suspend": True},
+        }
+        job = await self._client.patch(JOBS, action.namespace, action.name, patch)
+        self._picture.on_workload("MODIFIED", job)
+
+    async def _set_status(self, action: SetStatus) -> None:
+        resource = _CUSTOM[action.plural]
+        stored = await self._client.patch(
+            resource,
+            action.namespace,
+            action.name,
+            {"metadata": {"uid": action.uid}, "status": dict(action.patch)},
+            subresource="status",
+        )
+        put: Callable[[dict[str, Any]], None] = (
+            self._picture.put_job if resource is DPMOE_JOBS else self._picture.put_block
+        )
+        put(stored)
+        if action.event is not None:
+            await self._announce(resource, action, *action.event)
+
+    async def _announce(
+        self, resource: Resource, action: SetStatus, kind: str, reason: str, note: str
+    ) -> None:
+        """An event for `kubectl describe`; the status says the same, so a lost one is no loss."""
+        now = datetime.now(UTC)
+        event = {
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": {
+                "generateName": f"{action.name[:200]}.",
+                "namespace": action.namespace,
+            },
+            "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "reportingController": "dpmoe.dev/operator",
+            "reportingInstance": self._identity[:128],
+            "action": "Decide",
+            "reason": reason,
+            "regarding": {
+                "apiVersion": resource.api_version,
+                "kind": action.kind,
+                "namespace": action.namespace,
+                "name": action.name,
+                "uid": action.uid,
+            },
+            "note": note[:1024],
+            "type": kind,
+        }
+        try:
+            await self._client.create(EVENTS, action.namespace, event)
+        except ApiError as error:
+            logger.info("event %s of %s was not stored: %s", reason, action.name, error)
+
+
+def _check_owner(manifest: dict[str, Any], uid: str) -> None:
+    owners = manifest["metadata"].get("ownerReferences") or []
+    if not any(owner.get("uid") == uid for owner in owners):
+        meta = manifest["metadata"]
+        raise ApiError(
+            409,
+            "Conflict",
+            f"{manifest.get('kind', 'object')} {meta['namespace']}/{meta['name']} exists and is"
+            " not ours: delete it",
+        )

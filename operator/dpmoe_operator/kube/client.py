@@ -1,0 +1,464 @@
+"""A thin asynchronous client of the Kubernetes API.
+
+The ledger lives by compare-and-swap, so this client shows what others hide: resource versions,
+preconditions, subresources, and whether a failed write may have happened after all. What holds:
+
+- Reads are tried again when the server is away or overloaded, a bounded number of times. Creates
+  and patches are sent once: one without a clear answer raises `OutcomeUnknown`. Replaces and
+  deletes the connection may send again, since doing them twice is doing them once.
+- Writes are strict: a field that the server's schema does not know is an error. An operator newer
+  than its CRDs is refused, where otherwise the server would drop the field and keep the rest.
+- Every request has a timeout, and a watch that falls silent ends with an error.
+- Neither credentials nor bodies are ever logged.
+"""
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Literal, Self
+
+import aiohttp
+
+from dpmoe_operator.kube.config import Access, ConfigError
+from dpmoe_operator.kube.errors import (
+    ApiError,
+    Gone,
+    OutcomeUnknown,
+    Unauthorized,
+    Unreachable,
+    from_answer,
+    from_status,
+)
+from dpmoe_operator.kube.resources import PODS, Resource
+
+logger = logging.getLogger(__name__)
+
+Object = dict[str, Any]
+"""An API object as JSON."""
+
+Objects = list[Object]
+
+PatchType = Literal["merge", "json", "strategic"]
+Propagation = Literal["Background", "Foreground", "Orphan"]
+
+_PATCH_TYPES: dict[str, str] = {
+    "merge": "application/merge-patch+json",
+    "json": "application/json-patch+json",
+    "strategic": "application/strategic-merge-patch+json",
+}
+_FIELD_MANAGER = "dpmoe"
+_PAGE_SIZE = 500
+_CREDENTIALS_SECONDS = 30.0
+_RETRY_BASE_SECONDS = 0.2
+_RETRY_MAX_SECONDS = 10.0
+_MAX_ERROR_BYTES = 65536
+
+
+class KubeClient:
+    """One API server, as one identity. Use it as an async context manager.
+
+    Example:
+        ```
+        async with KubeClient(load_access()) as client:
+            blocks, version = await client.list(PRIVATE_BLOCKS)
+        ```
+
+    All methods raise `ApiError` and its subclasses.
+    """
+
+    def __init__(
+        self,
+        access: Access,
+        *,
+        timeout_seconds: float = 30.0,
+        read_attempts: int = 5,
+        sleep: Callable[[float], Any] = asyncio.sleep,
+    ):
+        """Opens nothing yet.
+
+        Args:
+            access: where the server is and how to log in.
+            timeout_seconds: how long one request may take; watches and logs have their own limits.
+            read_attempts: how often a read is tried in all.
+            sleep: waits between tries; tests put their own.
+        """
+        self.access = access
+        self._timeout = timeout_seconds
+        self._read_attempts = read_attempts
+        self._sleep = sleep
+        self._session: aiohttp.ClientSession | None = None
+        self._authorization: str | None = None
+        self._authorization_time = -float("inf")
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            headers={"User-Agent": _FIELD_MANAGER, "Accept": "application/json"}
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def get(self, resource: Resource, namespace: str | None, name: str) -> Object:
+        """Reads one object, as the server's storage has it now."""
+        return await self._object("GET", resource.path(namespace, name))
+
+    async def list(
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        label_selector: str | None = None,
+        field_selector: str | None = None,
+    ) -> tuple[Objects, str]:
+        """Reads a whole collection, page by page.
+
+        Returns:
+            The objects, all from one state of the storage, and that state's resource version.
+        """
+        params = _selectors(label_selector, field_selector)
+        try:
+            return await self._pages(resource, namespace, params | {"limit": str(_PAGE_SIZE)})
+        except Gone:
+            # The storage was compacted between two pages: one answer for all can't be cut in half.
+            return await self._pages(resource, namespace, params)
+
+    async def _pages(
+        self, resource: Resource, namespace: str | None, params: dict[str, str]
+    ) -> tuple[Objects, str]:
+        kind = {"apiVersion": resource.api_version, "kind": resource.kind}
+        items: Objects = []
+        while True:
+            page = await self._object("GET", resource.path(namespace), params=params)
+            items.extend(kind | item for item in page.get("items") or [])
+            metadata = page.get("metadata", {})
+            if not metadata.get("continue"):
+                return items, metadata.get("resourceVersion", "")
+            params = params | {"continue": metadata["continue"]}
+
+    async def create(self, resource: Resource, namespace: str | None, body: Object) -> Object:
+        """Creates an object; raises `AlreadyExists` where its name is taken."""
+        return await self._object("POST", resource.path(namespace), body, _WRITE_PARAMS)
+
+    async def replace(
+        self,
+        resource: Resource,
+        namespace: str | None,
+        name: str,
+        body: Object,
+        subresource: str | None = None,
+    ) -> Object:
+        """Replaces an object; with `metadata.resourceVersion` in the body, only that version.
+
+        Sent twice by the connection, it raises `Conflict` though it succeeded: read the object.
+        """
+        path = resource.path(namespace, name, subresource)
+        return await self._object("PUT", path, body, _WRITE_PARAMS)
+
+    async def patch(
+        self,
+        resource: Resource,
+        namespace: str | None,
+        name: str,
+        body: Object | Objects,
+        subresource: str | None = None,
+        patch_type: PatchType = "merge",
+    ) -> Object:
+        """Changes parts of an object.
+
+        A merge patch that holds `metadata.uid` or `metadata.resourceVersion` raises `Conflict`
+        where the object's differ.
+        """
+        path = resource.path(namespace, name, subresource)
+        return await self._object("PATCH", path, body, _WRITE_PARAMS, _PATCH_TYPES[patch_type])
+
+    async def delete(
+        self,
+        resource: Resource,
+        namespace: str | None,
+        name: str,
+        propagation: Propagation = "Background",
+        precondition_uid: str | None = None,
+        precondition_resource_version: str | None = None,
+        grace_seconds: int | None = None,
+    ) -> Object:
+        """Deletes an object, and by garbage collection what it owns.
+
+        Args:
+            resource: the object's kind.
+            namespace: its namespace.
+            name: its name.
+            propagation: what becomes of the objects that it owns.
+            precondition_uid: raise `Conflict` where the object's uid is another.
+            precondition_resource_version: raise `Conflict` where it has changed since.
+            grace_seconds: how long a pod may take to stop; `None` for what the pod itself says.
+        """
+        preconditions = {
+            "uid": precondition_uid,
+            "resourceVersion": precondition_resource_version,
+        }
+        options: Object = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "propagationPolicy": propagation,
+        }
+        if any(preconditions.values()):
+            options["preconditions"] = {k: v for k, v in preconditions.items() if v is not None}
+        if grace_seconds is not None:
+            options["gracePeriodSeconds"] = grace_seconds
+        return await self._object("DELETE", resource.path(namespace, name), options)
+
+    async def logs(
+        self,
+        namespace: str,
+        name: str,
+        container: str | None = None,
+        follow: bool = False,
+        tail_lines: int | None = None,
+        previous: bool = False,
+    ) -> AsyncGenerator[str, None]:
+        """The lines that a pod's container printed; with `follow`, until it ends."""
+        params = {"follow": "true"} if follow else {}
+        if container is not None:
+            params["container"] = container
+        if tail_lines is not None:
+            params["tailLines"] = str(tail_lines)
+        if previous:
+            params["previous"] = "true"
+        silence = None if follow else self._timeout
+        async with self._stream(PODS.path(namespace, name, "log"), params, silence) as lines:
+            async for line in lines:
+                yield line.decode(errors="replace")
+
+    async def watch(
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        label_selector: str | None = None,
+        resource_version: str | None = None,
+        timeout_seconds: int = 300,
+        silence_seconds: float = 90.0,
+    ) -> AsyncGenerator[tuple[str, Object], None]:
+        """The changes of a collection since a resource version, as they happen.
+
+        Args:
+            resource: the kind to watch.
+            namespace: `None` for all.
+            label_selector: only objects with these labels.
+            resource_version: where to begin: what `list` returned, or that of the last event.
+            timeout_seconds: after how long the server ends the watch by itself.
+            silence_seconds: without a byte for so long the connection counts as dead; the server
+                sends a bookmark about once a minute.
+
+        Yields:
+            ADDED, MODIFIED, DELETED or BOOKMARK, and the object; a bookmark's carries a new
+            resource version only.
+
+        Raises:
+            Gone: the resource version is too old; list again.
+            Unreachable: the connection broke or fell silent.
+        """
+        params = _selectors(label_selector, None) | {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(timeout_seconds),
+        }
+        if resource_version is not None:
+            params["resourceVersion"] = resource_version
+        async with self._stream(resource.path(namespace), params, silence_seconds) as lines:
+            async for line in lines:
+                try:
+                    event = json.loads(line)
+                except ValueError as error:
+                    raise self._unreachable(f"a watch's event is no JSON: {error}") from None
+                if event["type"] == "ERROR":
+                    raise from_status(event["object"])
+                yield event["type"], event["object"]
+
+    async def _object(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        params: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> Object:
+        answer = await self.raw(method, path, body, params, content_type)
+        if not isinstance(answer, dict):
+            raise self._unreachable("the answer is no API object", unsure=method != "GET")
+        return answer
+
+    async def raw(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        params: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> Any:
+        """Sends one request, reads again when that is safe, and parses the answer.
+
+        Returns:
+            The answer's JSON, or its text where it has another type.
+        """
+        attempts = self._read_attempts if method == "GET" else 1
+        for attempt in range(1, attempts + 1):
+            try:
+                return await self._request(method, path, body, params, content_type)
+            except ApiError as error:
+                busy = isinstance(error, Unreachable) or error.status == 429
+                if not busy or attempt == attempts:
+                    raise
+                delay = _retry_delay(attempt, error.retry_after)
+                logger.info("%s %s failed (%s), again in %.1f s", method, path, error, delay)
+                await self._sleep(delay)
+        raise AssertionError("the loop returns or raises")
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        params: Mapping[str, str] | None,
+        content_type: str,
+    ) -> Any:
+        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        headers = {"Content-Type": content_type} if data is not None else {}
+        limits = aiohttp.ClientTimeout(total=self._timeout)
+        async with self._send(method, path, params, data, headers, limits) as response:
+            content = await response.read()
+            if response.content_type != "application/json":
+                return content.decode(errors="replace")
+            try:
+                return json.loads(content)
+            except ValueError as error:
+                problem = f"the answer is no JSON: {error}"
+                raise self._unreachable(problem, unsure=method != "GET") from None
+
+    @asynccontextmanager
+    async def _stream(
+        self, path: str, params: Mapping[str, str], silence_seconds: float | None
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        limits = aiohttp.ClientTimeout(
+            total=None, sock_connect=self._timeout, sock_read=silence_seconds
+        )
+        async with self._send("GET", path, params, None, {}, limits) as response:
+            yield _lines(response.content)
+
+    @asynccontextmanager
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None,
+        data: bytes | None,
+        headers: dict[str, str],
+        limits: aiohttp.ClientTimeout,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A request that got a good answer; everything else leaves as an `ApiError`."""
+        assert self._session is not None, "use the client as an async context manager"
+        try:
+            for fresh in (False, True):
+                authorization = await self._current_authorization(fresh)
+                if authorization is not None:
+                    headers = headers | {"Authorization": authorization}
+                async with self._session.request(
+                    method,
+                    self.access.server + path,
+                    params=params,
+                    data=data,
+                    headers=headers,
+                    timeout=limits,
+                    ssl=self.access.ssl or True,
+                    server_hostname=self.access.server_hostname,
+                    proxy=self.access.proxy,
+                    allow_redirects=False,
+                ) as response:
+                    if response.status < 300:
+                        yield response
+                        return
+                    error = await _error(method, path, response)
+                    # Who is not let in has done nothing yet, so any request may be sent again.
+                    if fresh or not isinstance(error, Unauthorized):
+                        raise error
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise self._unreachable(_connect_problem(error)) from error
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            problem = str(error) or f"no answer ({type(error).__name__})"
+            raise self._unreachable(problem, unsure=method != "GET") from error
+
+    def _unreachable(self, problem: str, unsure: bool = False) -> Unreachable:
+        """`unsure`: a write was sent, and it may have happened."""
+        kind = OutcomeUnknown if unsure else Unreachable
+        outcome = "; whether the change happened is unknown" if unsure else ""
+        return kind(
+            0,
+            kind.__name__,
+            f"the API server {self.access.server} can't be reached: {problem}{outcome}. "
+            f"Check that it runs and that {self.access.source} names it",
+        )
+
+    async def _current_authorization(self, fresh: bool) -> str | None:
+        """The Authorization header; reads the credentials again when told to or in half a minute.
+
+        Reading them may run a program of the user's, hence the thread.
+        """
+        now = time.monotonic()
+        if fresh or now - self._authorization_time > _CREDENTIALS_SECONDS:
+            try:
+                if fresh:
+                    self.access = await asyncio.to_thread(self.access.reload)
+                self._authorization = await asyncio.to_thread(self.access.authorization)
+            except (ConfigError, OSError) as error:
+                raise Unauthorized(0, "Unauthorized", str(error)) from error
+            self._authorization_time = now
+        return self._authorization
+
+
+_WRITE_PARAMS = {"fieldManager": _FIELD_MANAGER, "fieldValidation": "Strict"}
+
+
+def _selectors(label_selector: str | None, field_selector: str | None) -> dict[str, str]:
+    chosen = {"labelSelector": label_selector, "fieldSelector": field_selector}
+    return {key: value for key, value in chosen.items() if value is not None}
+
+
+def _retry_delay(attempt: int, retry_after: float | None) -> float:
+    """Doubles from try to try, with jitter so that clients do not return all at once."""
+    ceiling = min(_RETRY_MAX_SECONDS, _RETRY_BASE_SECONDS * 2**attempt)
+    jittered = random.uniform(ceiling / 2, ceiling)
+    return max(jittered, min(retry_after or 0.0, _RETRY_MAX_SECONDS))
+
+
+def _connect_problem(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"its certificate is not trusted ({error.certificate_error})"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return str(error.os_error.strerror or error.os_error)
+    return "connecting takes too long"
+
+
+async def _error(method: str, path: str, response: aiohttp.ClientResponse) -> ApiError:
+    body = await response.content.read(_MAX_ERROR_BYTES)
+    waits = response.headers.get("Retry-After", "")
+    retry_after = float(waits) if waits.isdigit() else None
+    return from_answer(method, path, response.status, body, retry_after)
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Splits a stream into lines of any length; the stream's own reader has a limit of 128 KiB."""
+    parts: list[bytes] = []
+    async for chunk in content.iter_any():
+        *complete, rest = chunk.split(b"\n")
+        for line in complete:
+            parts.append(line)
+            yield b"".join(parts)
+            parts = []
+        if rest:
+            parts.append(rest)
+    if parts:
+        yield b"".join(parts)

@@ -1,0 +1,146 @@
+"""The one loop: snapshot → decide → commit to the ledger → act on the cluster.
+
+Everything that happens only wakes it. A round that fails anywhere is simply run again: what it
+committed is in the ledger, and the next round decides the rest anew.
+"""
+
+import asyncio
+import logging
+import time
+from datetime import UTC, datetime
+
+from dpmoe_operator.api.ledgerentry import Record
+from dpmoe_operator.control.decide import decide, react
+from dpmoe_operator.control.planning import Planner
+from dpmoe_operator.control.settings import Settings
+from dpmoe_operator.kube.apply import Applier
+from dpmoe_operator.kube.client import KubeClient
+from dpmoe_operator.kube.errors import ApiError
+from dpmoe_operator.kube.lease import Leadership
+from dpmoe_operator.kube.picture import Picture
+from dpmoe_operator.kube.resources import PODS
+from dpmoe_operator.kube.workloads import WorkloadWatch
+from dpmoe_operator.launch.manifests import JOB_UID
+from dpmoe_operator.ledger.entry import LedgerError, in_entries
+from dpmoe_operator.ledger.fold import Grant
+from dpmoe_operator.ledger.log import Ledger, NoAnswer, StaleView
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 2.0
+FROZEN_SECONDS = 30.0
+
+
+class RoundLoop:
+    """Runs rounds while this process leads.
+
+    Attributes:
+        last_round: monotonic time at which a round last ended well.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: KubeClient,
+        picture: Picture,
+        ledger: Ledger,
+        leadership: Leadership,
+        watch: WorkloadWatch,
+        settings: Settings,
+        identity: str,
+        round_seconds: float,
+    ) -> None:
+        self.last_round = time.monotonic()
+        self._client, self._picture, self._ledger = client, picture, ledger
+        self._leadership, self._watch, self._settings = leadership, watch, settings
+        self._applier = Applier(client, picture, identity=identity)
+        self._planner = Planner(settings)
+        self._round_seconds = round_seconds
+
+    async def run(self) -> None:
+        """Run rounds for ever: at once when something changed, else every `round_seconds`."""
+        fresh = False
+        while True:
+            if not self._leadership.held:
+                fresh = False
+                self.last_round = time.monotonic()
+                await self._leadership.acquired.wait()
+            try:
+                if not fresh:
+                    await self._ledger.load()
+                    fresh = True
+                again = await self.round()
+            except StaleView as view:
+                logger.warning("%s; deciding again", view)
+                again = True
+            except LedgerError as error:
+                logger.critical("the ledger does not hold, granting is frozen: %s", error)
+                fresh, again = False, False
+                await asyncio.sleep(FROZEN_SECONDS)
+            except (ApiError, NoAnswer, TimeoutError) as error:
+                logger.warning("round given up: %s", error)
+                again = True
+                await asyncio.sleep(RETRY_SECONDS)
+            if not again:
+                await self._wait()
+
+    async def round(self) -> bool:
+        """One round.
+
+        Returns:
+            Whether the next one should follow at once, since the ledger changed.
+        """
+        self._picture.changed.clear()
+        await self._watch.follow(self._picture.data_namespaces(self._ledger.state))
+        await self._confirm_pods()
+        now = datetime.now(UTC)
+        snapshot = self._picture.snapshot(self._ledger.state, now)
+        decision = await asyncio.to_thread(decide, snapshot, self._settings, self._planner)
+        for records in in_entries(decision.records):
+            entry = await self._ledger.append(records, time=_precise(now))
+            logger.info("%s: %s", entry, _summary(records))
+        actions = await asyncio.to_thread(react, snapshot, decision, self._settings)
+        await self._applier.apply(actions)
+        self._forget()
+        self.last_round = time.monotonic()
+        return bool(decision.records)
+
+    async def _wait(self) -> None:
+        try:
+            await asyncio.wait_for(self._picture.changed.wait(), self._round_seconds)
+        except TimeoutError:
+            return
+        # Objects that are applied together arrive together: let a burst become one round.
+        await asyncio.sleep(0.05)
+
+    async def _confirm_pods(self) -> None:
+        """Read the pods of workloads that ended: their last word must not be missed."""
+        for workload in self._picture.unconfirmed(self._ledger.state):
+            uid = workload.meta.labels[JOB_UID]
+            pods, _ = await self._client.list(PODS, workload.meta.namespace, f"{JOB_UID}={uid}")
+            self._picture.confirm_pods(uid, pods)
+
+    def _forget(self) -> None:
+        jobs = self._picture.job_uids()
+        grants = self._ledger.state.grants
+        self._picture.forget_pods_of(
+            [
+                uid
+                for uid in self._picture.pod_owners()
+                if uid not in jobs and _over(grants.get(uid))
+            ]
+        )
+        self._planner.forget_all_but(jobs)
+
+
+def _over(grant: Grant | None) -> bool:
+    return grant is None or grant.settled is not None
+
+
+def _precise(now: datetime) -> str:
+    return now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _summary(records: list[Record]) -> str:
+    kinds = [next(iter(record.to_object())) for record in records]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))

@@ -1,0 +1,228 @@
+"""What the operator last saw of the cluster, kept in memory and thrown away with the process.
+
+Handlers and watches put objects in; a round takes a snapshot out. Nothing is decided here. What
+holds: an older version of an object never replaces a newer one, and pods stay known after their
+deletion until their job is forgotten, since their last word may prove what a job did.
+"""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from dpmoe_operator.control.views import BlockView, JobView, PodView, Snapshot, WorkloadView
+from dpmoe_operator.launch.manifests import JOB_NAME, JOB_NAMESPACE, JOB_UID, workload_name
+from dpmoe_operator.ledger.fold import LedgerState
+from dpmoe_trainer.contract import JobReference, Progress
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _SeenPod:
+    """A pod as last seen, its resource version, and the uid of the Job that controls it."""
+
+    view: PodView
+    version: int
+    owner: str | None
+
+
+class Picture:
+    """Blocks, jobs, workloads and pods by uid.
+
+    Attributes:
+        changed: set whenever something happened that a round should look at.
+    """
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.prepared: set[str] = set()
+        self.launch_errors: dict[str, str] = {}
+        self.progress: dict[str, Progress] = {}
+        self._blocks: dict[str, BlockView] = {}
+        self._jobs: dict[str, JobView] = {}
+        self._workloads: dict[str, Object] = {}
+        self._pods: dict[str, dict[str, _SeenPod]] = {}
+        self._pod_objects: dict[str, Object] = {}
+        self._confirmed: set[str] = set()
+
+    def put_block(self, manifest: Object) -> None:
+        """A PrivateBlock was seen."""
+        self._put(self._blocks, BlockView.of(manifest))
+
+    def put_job(self, manifest: Object) -> None:
+        """A DPMoEJob was seen."""
+        self._put(self._jobs, JobView.of(manifest))
+
+    def drop_block(self, uid: str) -> None:
+        """A PrivateBlock was deleted."""
+        if self._blocks.pop(uid, None) is not None:
+            self.changed.set()
+
+    def drop_job(self, uid: str) -> None:
+        """A DPMoEJob was deleted."""
+        if self._jobs.pop(uid, None) is not None:
+            self.changed.set()
+
+    def replace_all(self, blocks: Iterable[Object], jobs: Iterable[Object]) -> None:
+        """Take over two fresh lists: what is not in them is gone."""
+        block_list, job_list = list(blocks), list(jobs)
+        for uid in self._blocks.keys() - {block["metadata"]["uid"] for block in block_list}:
+            self.drop_block(uid)
+        for uid in self._jobs.keys() - {job["metadata"]["uid"] for job in job_list}:
+            self.drop_job(uid)
+        for block in block_list:
+            self.put_block(block)
+        for job in job_list:
+            self.put_job(job)
+
+    def on_workload(self, event: str, manifest: Object) -> None:
+        """A Kubernetes Job of ours was added, modified or deleted."""
+        job_uid = _job_of(manifest)
+        if job_uid is None:
+            return
+        if event == "DELETED":
+            known = self._workloads.get(job_uid)
+            if known is not None and known["metadata"]["uid"] == manifest["metadata"]["uid"]:
+                del self._workloads[job_uid]
+                self.prepared.discard(job_uid)
+        else:
+            self._workloads[job_uid] = manifest
+        self.changed.set()
+
+    def on_pod(self, event: str, manifest: Object) -> None:
+        """A pod of ours was added, modified or deleted.
+
+        The last object of a deleted pod is its last word only if the watch delivered it: after a
+        gap it is the version known before, and then nothing is proven by it.
+        """
+        meta = manifest["metadata"]
+        job_uid = meta.get("labels", {}).get(JOB_UID)
+        if job_uid is None:
+            return
+        pods = self._pods.setdefault(job_uid, {})
+        version = int(meta.get("resourceVersion") or 0)
+        view = PodView.of(manifest, gone=event == "DELETED")
+        known = pods.get(meta["uid"])
+        if event == "DELETED":
+            self._pod_objects.pop(meta["uid"], None)
+            if known is not None and known.version >= version:
+                view = replace(view, may_have_started=True)
+        elif known is not None and (known.view.gone or known.version > version):
+            return
+        else:
+            self._pod_objects[meta["uid"]] = manifest
+        owners = [ref["uid"] for ref in meta.get("ownerReferences") or [] if ref.get("controller")]
+        pods[meta["uid"]] = _SeenPod(view, version, owners[0] if owners else None)
+        self.changed.set()
+
+    def confirm_pods(self, job_uid: str, manifests: Iterable[Object]) -> None:
+        """All pods of an ended job, as the server has them now."""
+        for manifest in manifests:
+            self.on_pod("MODIFIED", manifest)
+        self._confirmed.add(job_uid)
+
+    def running_pods(self) -> list[tuple[str, Object]]:
+        """Rank-0 pods that run, with the uid of their DPMoEJob."""
+        return [
+            (manifest["metadata"]["labels"][JOB_UID], manifest)
+            for manifest in self._pod_objects.values()
+            if PodView.of(manifest).index == 0 and PodView.of(manifest).running
+        ]
+
+    def unconfirmed(self, ledger: LedgerState) -> list[WorkloadView]:
+        """Workloads that are over, unsettled, and whose pods were not read since they ended."""
+        return [
+            view
+            for uid, view in self._workload_views().items()
+            if view.over
+            and not view.confirmed
+            and (grant := ledger.grants.get(uid)) is not None
+            and grant.settled is None
+        ]
+
+    def data_namespaces(self, ledger: LedgerState) -> set[str]:
+        """Namespaces in which launched objects may be."""
+        live = {block.meta.namespace for block in self._blocks.values()}
+        paid = {
+            ledger.accounts[charge.account].opened.block.namespace
+            for grant in ledger.grants.values()
+            if grant.settled is None
+            for charge in grant.granted.charges
+        }
+        return live | paid
+
+    def job_uids(self) -> set[str]:
+        """Uids of all DPMoEJobs."""
+        return set(self._jobs)
+
+    def pod_owners(self) -> list[str]:
+        """Uids of the DPMoEJobs of all pods that are remembered."""
+        return list(self._pods)
+
+    def forget_pods_of(self, job_uids: Iterable[str]) -> None:
+        """Pods of jobs that are settled and gone prove nothing any more."""
+        for uid in job_uids:
+            self._pods.pop(uid, None)
+            self._confirmed.discard(uid)
+            self.progress.pop(uid, None)
+            self.launch_errors.pop(uid, None)
+
+    def snapshot(self, ledger: LedgerState, now: datetime) -> Snapshot:
+        """Everything a round may look at, as it is now."""
+        return Snapshot(
+            blocks={view.meta.key: view for view in self._blocks.values()},
+            jobs=dict(self._jobs),
+            workloads=self._workload_views(),
+            ledger=ledger,
+            now=now,
+            prepared=frozenset(self.prepared),
+            launch_errors=dict(self.launch_errors),
+            progress=dict(self.progress),
+        )
+
+    def _workload_views(self) -> Mapping[str, WorkloadView]:
+        return {
+            uid: WorkloadView.of(
+                manifest,
+                tuple(
+                    pod.view
+                    for pod in self._pods.get(uid, {}).values()
+                    if pod.owner == manifest["metadata"]["uid"]
+                ),
+                confirmed=uid in self._confirmed,
+            )
+            for uid, manifest in self._workloads.items()
+        }
+
+    def _put(self, views: dict[str, Any], view: BlockView | JobView) -> None:
+        known = views.get(view.meta.uid)
+        if known is not None and int(known.meta.resource_version or 0) > int(
+            view.meta.resource_version or 0
+        ):
+            return
+        views[view.meta.uid] = view
+        if known is None or _decisive(known) != _decisive(view):
+            self.changed.set()
+
+
+def _job_of(manifest: Object) -> str | None:
+    """Uid of the DPMoEJob that a Kubernetes Job runs; None where its name is not the one we give.
+
+    Somebody may copy our labels onto another Job; it is not the one that the ledger launched.
+    """
+    meta = manifest["metadata"]
+    labels = meta.get("labels") or {}
+    try:
+        job = JobReference(
+            namespace=labels[JOB_NAMESPACE], name=labels[JOB_NAME], uid=labels[JOB_UID]
+        )
+    except (KeyError, ValueError):
+        return None
+    return job.uid if meta["name"] == workload_name(job) else None
+
+
+def _decisive(view: BlockView | JobView) -> tuple[object, ...]:
+    """What of an object makes a round necessary: everything but its status."""
+    return view.meta.generation, tuple(sorted(view.meta.labels.items()))

@@ -1,0 +1,1 @@
+"""A granted job → Job, Service, ConfigMap, NetworkPolicy: pure builders, no effects."""

@@ -1,0 +1,35 @@
+"""Where a trainer container finds things. One place, so that plan and volumes cannot disagree.
+
+Claims are mounted whole, data and models read-only. Results go below a folder named after the job's
+namespace, so that two teams that share a claim cannot overwrite each other.
+"""
+
+import posixpath
+
+from dpmoe_operator.api.dpmoejob import Model, OutputClaim
+from dpmoe_operator.api.privateblock import Table
+
+READ_ONLY_CLAIMS = "/dpmoe/claims"
+OUTPUT_CLAIMS = "/dpmoe/outputs"
+PLAN_FOLDER = "/dpmoe/plan"
+PLAN_FILE = "plan.json"
+TERMINATION_LOG = "/dev/termination-log"
+
+
+def table(table: Table) -> str | None:
+    """The path of a table's file or folder; None where it comes from a hub."""
+    if table.claim is not None:
+        return posixpath.join(READ_ONLY_CLAIMS, table.claim.claim_name, table.claim.path)
+    return table.path
+
+
+def model(model: Model) -> str | None:
+    """The path of the pretrained model; None where it comes from a hub."""
+    if model.claim is not None:
+        return posixpath.join(READ_ONLY_CLAIMS, model.claim.claim_name, model.claim.path)
+    return model.path
+
+
+def output(job_namespace: str, claim: OutputClaim) -> str:
+    """The folder that the trained model is written to."""
+    return posixpath.join(OUTPUT_CLAIMS, claim.claim_name, job_namespace, claim.path)

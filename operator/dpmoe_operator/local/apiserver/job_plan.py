@@ -1,0 +1,451 @@
+"""What a Job needs next: a pure function from the Job and its pods to a plan.
+
+Follows the rules of Kubernetes' Job controller for both completion modes: which pods count as
+succeeded or failed, which conditions the Job gets, which pods to create and to delete. A pod is
+counted exactly once, when it loses the tracking finalizer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from .resources import Object
+
+TRACKING_FINALIZER = "batch.kubernetes.io/job-tracking"
+INDEX_KEY = "batch.kubernetes.io/job-completion-index"
+INDEX_FIELD_PATH = f"metadata.labels['{INDEX_KEY}']"
+# Names that the server generates have at most 63 characters, five of them random.
+_LONGEST_PREFIX = 58
+
+
+@dataclass
+class JobPlan:
+    """What to do about a Job.
+
+    Attributes:
+        status: the Job's next status.
+        create: completion indexes of the pods to create; None for a pod without an index.
+        delete: pods to delete; they lose their finalizer first and do not count.
+        release: pods that were counted and lose their finalizer.
+        failures: pods counted as failed, or ignored, by this plan.
+        check_after: seconds until time alone changes something.
+    """
+
+    status: Object
+    create: list[int | None] = field(default_factory=list)
+    delete: list[Object] = field(default_factory=list)
+    release: list[Object] = field(default_factory=list)
+    failures: int = 0
+    check_after: float | None = None
+
+
+@dataclass
+class _Tally:
+    succeeded: int
+    failed: int
+    indexes: set[int]
+    counted: list[Object] = field(default_factory=list)
+    failures: int = 0
+    fail_job: str = ""
+
+
+def plan_job(
+    job: Object, pods: Sequence[Object], now: datetime, backoff_seconds: float = 0.0
+) -> JobPlan:
+    """Plans the next step of a Job that is neither finished nor being deleted.
+
+    Args:
+        job: the Job.
+        pods: all pods it controls.
+        now: the present.
+        backoff_seconds: for how long no pod may be created, because pods failed.
+    """
+    tally = _count(job, pods)
+    active = [each for each in pods if is_active(each)]
+    terminating = [each for each in pods if _is_terminating(each)]
+    plan = JobPlan(
+        _counts(job, tally, active, terminating), release=tally.counted, failures=tally.failures
+    )
+    if job["spec"]["suspend"]:
+        _suspend(plan, active, now)
+        return plan
+    _start(plan, now)
+    _decide_end(job, plan, tally, active, now)
+    if has_condition(plan.status, "FailureTarget") or has_condition(
+        plan.status, "SuccessCriteriaMet"
+    ):
+        _finish(plan, active, terminating, now)
+        return plan
+    _scale(job, plan, tally, active, terminating, backoff_seconds)
+    return plan
+
+
+def is_finished(job: Object) -> bool:
+    """Whether a Job is complete or failed."""
+    return has_condition(job["status"], "Complete") or has_condition(job["status"], "Failed")
+
+
+def finish_time(job: Object) -> datetime:
+    """When a finished Job ended."""
+    condition = next(
+        each for each in job["status"]["conditions"] if each["type"] in ("Complete", "Failed")
+    )
+    return parse_time(condition["lastTransitionTime"])
+
+
+def is_active(pod: Object) -> bool:
+    """Whether a pod runs or may yet run."""
+    return "deletionTimestamp" not in pod["metadata"] and not _is_terminal(pod)
+
+
+def has_condition(status: Object, kind: str) -> bool:
+    """Whether a condition of this type is true."""
+    conditions = status.get("conditions", ())
+    return any(each["type"] == kind and each["status"] == "True" for each in conditions)
+
+
+def build_pod(job: Object, index: int | None) -> Object:
+    """A pod of a Job, from its template."""
+    template, name = job["spec"]["template"], job["metadata"]["name"]
+    metadata = template["metadata"]
+    owner = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "name": name,
+        "uid": job["metadata"]["uid"],
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+    suffix = "-" if index is None else f"-{index}-"
+    pod: Object = {
+        "metadata": {
+            **{key: metadata[key] for key in ("labels", "annotations") if key in metadata},
+            "generateName": name[: _LONGEST_PREFIX - len(suffix)] + suffix,
+            "ownerReferences": [owner],
+            "finalizers": [*metadata.get("finalizers", ()), TRACKING_FINALIZER],
+        },
+        "spec": template["spec"],
+    }
+    return pod if index is None else _indexed(pod, name, index)
+
+
+def _indexed(pod: Object, job_name: str, index: int) -> Object:
+    metadata, spec = pod["metadata"], pod["spec"]
+    mark = {INDEX_KEY: str(index)}
+    variable = {
+        "name": "JOB_COMPLETION_INDEX",
+        "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": INDEX_FIELD_PATH}},
+    }
+
+    def with_index(container: Object) -> Object:
+        env = container.get("env", [])
+        if any(each["name"] == variable["name"] for each in env):
+            return container
+        return {**container, "env": [*env, variable]}
+
+    spec = {"hostname": f"{job_name}-{index}", **spec}
+    for kind in ("containers", "initContainers"):
+        if kind in spec:
+            spec[kind] = [with_index(each) for each in spec[kind]]
+    metadata = {
+        **metadata,
+        "labels": metadata.get("labels", {}) | mark,
+        "annotations": metadata.get("annotations", {}) | mark,
+    }
+    return {"metadata": metadata, "spec": spec}
+
+
+# Counting
+
+
+def _count(job: Object, pods: Sequence[Object]) -> _Tally:
+    """Counts the pods that ended since the last time."""
+    status = job["status"]
+    tally = _Tally(
+        status.get("succeeded", 0),
+        status.get("failed", 0),
+        parse_indexes(status.get("completedIndexes", "")),
+    )
+    for pod in pods:
+        if TRACKING_FINALIZER not in pod["metadata"].get("finalizers", ()):
+            continue
+        if pod["status"].get("phase") == "Succeeded":
+            _count_success(job, pod, tally)
+        elif _is_failed(job, pod):
+            _count_failure(job, pod, tally)
+    return tally
+
+
+def _count_success(job: Object, pod: Object, tally: _Tally) -> None:
+    tally.counted.append(pod)
+    if job["spec"]["completionMode"] == "NonIndexed":
+        tally.succeeded += 1
+    else:
+        tally.indexes.add(_index_of(pod))
+        tally.succeeded = len(tally.indexes)
+
+
+def _count_failure(job: Object, pod: Object, tally: _Tally) -> None:
+    tally.counted.append(pod)
+    tally.failures += 1
+    action, message = "Count", ""
+    if pod["status"].get("phase") == "Failed":
+        action, message = _failure_action(job, pod)
+    if action != "Ignore":
+        tally.failed += 1
+    if action == "FailJob":
+        tally.fail_job = tally.fail_job or message
+
+
+def _is_failed(job: Object, pod: Object) -> bool:
+    if pod["status"].get("phase") == "Failed":
+        return True
+    if "deletionTimestamp" not in pod["metadata"]:
+        return False
+    # A deleted pod that no node ever got will never reach a terminal phase.
+    replaces_failed_only = job["spec"]["podReplacementPolicy"] == "Failed"
+    return not replaces_failed_only or not pod["spec"].get("nodeName")
+
+
+def _failure_action(job: Object, pod: Object) -> tuple[str, str]:
+    """The action of the first rule of the podFailurePolicy that matches, and why."""
+    policy = job["spec"].get("podFailurePolicy") or {"rules": []}
+    place = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
+    for i, rule in enumerate(policy["rules"]):
+        tail = f"matching {rule['action']} rule at index {i}"
+        if "onExitCodes" in rule:
+            match = _matching_exit(rule["onExitCodes"], pod)
+            if match:
+                container, code = match
+                why = f"Container {container} for pod {place} failed with exit code {code} {tail}"
+                return rule["action"], why
+        else:
+            condition = _matching_condition(rule.get("onPodConditions", ()), pod)
+            if condition:
+                return rule["action"], f"Pod {place} has condition {condition} {tail}"
+    return "Count", ""
+
+
+def _matching_exit(requirement: Object, pod: Object) -> tuple[str, int] | None:
+    status = pod["status"]
+    containers = [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
+    for container in containers:
+        code = container.get("state", {}).get("terminated", {}).get("exitCode", 0)
+        named = requirement.get("containerName") in (None, container["name"])
+        listed = code in requirement["values"]
+        if named and code != 0 and listed == (requirement["operator"] == "In"):
+            return container["name"], code
+    return None
+
+
+def _matching_condition(patterns: Sequence[Object], pod: Object) -> str:
+    for pattern in patterns:
+        for condition in pod["status"].get("conditions", ()):
+            same_status = condition["status"] == pattern.get("status", "True")
+            if condition["type"] == pattern["type"] and same_status:
+                return str(pattern["type"])
+    return ""
+
+
+def _counts(
+    job: Object, tally: _Tally, active: Sequence[Object], terminating: Sequence[Object]
+) -> Object:
+    status: Object = {**job["status"], "uncountedTerminatedPods": {}}
+    status["ready"] = sum(has_condition(pod["status"], "Ready") for pod in active)
+    status["terminating"] = len(terminating)
+    _set_count(status, "active", len(active))
+    _set_count(status, "succeeded", tally.succeeded)
+    _set_count(status, "failed", tally.failed)
+    if tally.indexes:
+        status["completedIndexes"] = format_indexes(tally.indexes)
+    return status
+
+
+def _set_count(status: Object, name: str, count: int) -> None:
+    """Zero is left out, as in Go's JSON."""
+    status.pop(name, None)
+    if count:
+        status[name] = count
+
+
+# Phases of a Job
+
+
+def _suspend(plan: JobPlan, active: Sequence[Object], now: datetime) -> None:
+    plan.delete = list(active)
+    plan.status.pop("startTime", None)
+    _set_count(plan.status, "active", 0)
+    _set_condition(plan.status, "Suspended", "True", "JobSuspended", "Job suspended", now)
+
+
+def _start(plan: JobPlan, now: datetime) -> None:
+    if has_condition(plan.status, "Suspended"):
+        _set_condition(plan.status, "Suspended", "False", "JobResumed", "Job resumed", now)
+    plan.status.setdefault("startTime", format_time(now))
+
+
+def _decide_end(
+    job: Object, plan: JobPlan, tally: _Tally, active: Sequence[Object], now: datetime
+) -> None:
+    """Decides that the Job has failed or succeeded; its pods may still have to go."""
+    spec, status = job["spec"], plan.status
+    if has_condition(status, "FailureTarget") or has_condition(status, "SuccessCriteriaMet"):
+        return
+    left = _seconds_to_deadline(spec, status, now)
+    plan.check_after = left
+    if tally.fail_job:
+        reason, message = "PodFailurePolicy", tally.fail_job
+    elif tally.failed > spec["backoffLimit"]:
+        reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    elif left is not None and left <= 0:
+        reason, message = "DeadlineExceeded", "Job was active longer than specified deadline"
+    elif _is_successful(spec, tally, active):
+        message = "Reached expected number of succeeded pods"
+        _set_condition(status, "SuccessCriteriaMet", "True", "CompletionsReached", message, now)
+        return
+    else:
+        return
+    _set_condition(status, "FailureTarget", "True", reason, message, now)
+
+
+def _seconds_to_deadline(spec: Object, status: Object, now: datetime) -> float | None:
+    if spec.get("activeDeadlineSeconds") is None:
+        return None
+    deadline = parse_time(status["startTime"]) + timedelta(seconds=spec["activeDeadlineSeconds"])
+    return (deadline - now).total_seconds()
+
+
+def _is_successful(spec: Object, tally: _Tally, active: Sequence[Object]) -> bool:
+    if spec.get("completions") is None:
+        return tally.succeeded > 0 and not active
+    if spec["completionMode"] == "Indexed":
+        return set(range(spec["completions"])) <= tally.indexes
+    return bool(tally.succeeded >= spec["completions"])
+
+
+def _finish(
+    plan: JobPlan, active: Sequence[Object], terminating: Sequence[Object], now: datetime
+) -> None:
+    """Deletes what still runs; the Job is over once nothing does."""
+    plan.delete, plan.check_after = list(active), None
+    _set_count(plan.status, "active", 0)
+    if active or terminating:
+        return
+    conditions = plan.status["conditions"]
+    target = next(
+        each for each in conditions if each["type"] in ("FailureTarget", "SuccessCriteriaMet")
+    )
+    failed = target["type"] == "FailureTarget"
+    kind = "Failed" if failed else "Complete"
+    _set_condition(plan.status, kind, "True", target["reason"], target["message"], now)
+    if not failed:
+        plan.status["completionTime"] = format_time(now)
+
+
+def _scale(
+    job: Object,
+    plan: JobPlan,
+    tally: _Tally,
+    active: Sequence[Object],
+    terminating: Sequence[Object],
+    backoff_seconds: float,
+) -> None:
+    spec = job["spec"]
+    waits_for_end = spec["podReplacementPolicy"] == "Failed"
+    occupied = [*active, *(terminating if waits_for_end else ())]
+    wanted = _wanted(spec, tally, active)
+    if len(active) > wanted:
+        plan.delete = sorted(active, key=_removal_order)[wanted:]
+        _set_count(plan.status, "active", wanted)
+        return
+    missing = max(wanted - len(occupied), 0)
+    if missing and backoff_seconds > 0:
+        plan.check_after = min(plan.check_after or backoff_seconds, backoff_seconds)
+        return
+    if spec["completionMode"] == "Indexed":
+        taken = tally.indexes | {_index_of(pod) for pod in occupied}
+        free = [index for index in range(spec["completions"]) if index not in taken]
+        plan.create = list(free[:missing])
+    else:
+        plan.create = [None] * missing
+    _set_count(plan.status, "active", len(active) + len(plan.create))
+
+
+def _wanted(spec: Object, tally: _Tally, active: Sequence[Object]) -> int:
+    parallelism: int = spec["parallelism"]
+    if spec.get("completions") is None:
+        return min(parallelism, len(active)) if tally.succeeded else parallelism
+    completions: int = spec["completions"]
+    return min(parallelism, completions - tally.succeeded)
+
+
+def _removal_order(pod: Object) -> tuple[int, str]:
+    """Low indexes and old pods stay."""
+    return _index_of(pod), pod["metadata"]["creationTimestamp"]
+
+
+# Pods, indexes, conditions, times
+
+
+def _is_terminal(pod: Object) -> bool:
+    return pod["status"].get("phase") in ("Succeeded", "Failed")
+
+
+def _is_terminating(pod: Object) -> bool:
+    return "deletionTimestamp" in pod["metadata"] and not _is_terminal(pod)
+
+
+def _index_of(pod: Object) -> int:
+    return int(pod["metadata"].get("annotations", {}).get(INDEX_KEY, -1))
+
+
+def parse_indexes(text: str) -> set[int]:
+    """Reads `completedIndexes`, such as `0-2,4`."""
+    indexes: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        indexes |= set(range(int(first), int(last or first) + 1))
+    return indexes
+
+
+def format_indexes(indexes: set[int]) -> str:
+    """Writes `completedIndexes`: three or more in a row become a range."""
+    runs: list[list[int]] = []
+    for index in sorted(indexes):
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    parts: list[Any] = []
+    for run in runs:
+        parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else run
+    return ",".join(str(part) for part in parts)
+
+
+def _set_condition(
+    status: Object, kind: str, value: str, reason: str, message: str, now: datetime
+) -> None:
+    """Sets a condition unless it already says so."""
+    conditions = status.get("conditions", [])
+    if any(each["type"] == kind and each["status"] == value for each in conditions):
+        return
+    condition = {
+        "type": kind,
+        "status": value,
+        "lastProbeTime": format_time(now),
+        "lastTransitionTime": format_time(now),
+        "reason": reason,
+        "message": message,
+    }
+    status["conditions"] = [each for each in conditions if each["type"] != kind] + [condition]
+
+
+def format_time(moment: datetime) -> str:
+    """A time as Kubernetes writes it."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_time(text: str) -> datetime:
+    """A time as Kubernetes writes it."""
+    return datetime.fromisoformat(text)

@@ -1,0 +1,167 @@
+"""One scheduling round as arrays: what tasks ask for, and what blocks have left.
+
+Every policy reads a `Round` and nothing else, so a round can be replayed, simulated and tested
+without a cluster. Amounts are integers in 10⁻⁹ ε and are compared as integers. Shapes below:
+
+- T: waiting tasks
+- B: rows of budget. A row is a block, or a namespace's cap on a block: a task that is under a cap
+  asks for both rows, and nothing else distinguishes them.
+- A: Rényi orders, the union over all blocks
+- nnz: (task, block) pairs
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpmoe_operator.privacy.units import MAX_UNITS
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+ABSENT = -(2**60)
+"""Capacity at an order that a block doesn't track. So negative that nothing ever fits there, and
+far enough from −2⁶³ that subtracting saturated amounts doesn't overflow."""
+
+_MAX_PRIORITY = 2**53
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """The waiting tasks and the budget rows of one round.
+
+    Attributes:
+        orders: float64[A], Rényi orders, strictly increasing, above 1.
+        demand: int64[T, A], what a task asks of *each* of its blocks; 0 to `MAX_UNITS`.
+        indptr: int64[T+1]; task t asks for the blocks `indices[indptr[t]:indptr[t+1]]`, at least
+            one, each once (compressed sparse rows).
+        indices: int64[nnz], block rows.
+        capacity: int64[B, A], initial capacity, below `MAX_UNITS`; may be negative; `ABSENT` at
+            orders that a block lacks.
+        consumed: int64[B, A], spent for ever; 0 to `MAX_UNITS`.
+        reserved: int64[B, A], held for running jobs; 0 to `MAX_UNITS`.
+        unlocked: int64[B, A], the part of a positive capacity that unlocking has released so far;
+            equal to the capacity where that is not positive.
+        arrival: float64[T], seconds.
+        weight: float64[T], > 0; a task of weight 2 counts as two.
+        priority: int64[T]; higher goes first, before everything else.
+
+    Raises:
+        ValueError: A shape, type or range is not as above.
+    """
+
+    orders: Floats
+    demand: Ints
+    indptr: Ints
+    indices: Ints
+    capacity: Ints
+    consumed: Ints
+    reserved: Ints
+    unlocked: Ints
+    arrival: Floats
+    weight: Floats
+    priority: Ints
+
+    def __post_init__(self) -> None:
+        self._check_shapes()
+        self._check_values()
+        self._check_pairs()
+
+    @property
+    def tasks(self) -> int:
+        """T."""
+        return len(self.demand)
+
+    @property
+    def blocks(self) -> int:
+        """B."""
+        return len(self.capacity)
+
+    @cached_property
+    def available(self) -> Ints:
+        """int64[B, A]: what can be granted now; negative where an order is overdrawn."""
+        return self.unlocked - self.reserved - self.consumed
+
+    @cached_property
+    def task_of_pair(self) -> Ints:
+        """int64[nnz]: the task of each (task, block) pair, as `indices` is its block."""
+        return np.repeat(np.arange(self.tasks, dtype=np.int64), np.diff(self.indptr))
+
+    def blocks_of(self, task: int) -> Ints:
+        """The block rows that a task asks for."""
+        return self.indices[self.indptr[task] : self.indptr[task + 1]]
+
+    def _check_shapes(self) -> None:
+        tasks, blocks, orders = len(self.arrival), len(self.capacity), len(self.orders)
+        shapes = {
+            "orders": (np.float64, (orders,)),
+            "demand": (np.int64, (tasks, orders)),
+            "indptr": (np.int64, (tasks + 1,)),
+            "indices": (np.int64, (len(self.indices),)),
+            "capacity": (np.int64, (blocks, orders)),
+            "consumed": (np.int64, (blocks, orders)),
+            "reserved": (np.int64, (blocks, orders)),
+            "unlocked": (np.int64, (blocks, orders)),
+            "arrival": (np.float64, (tasks,)),
+            "weight": (np.float64, (tasks,)),
+            "priority": (np.int64, (tasks,)),
+        }
+        for name, (dtype, shape) in shapes.items():
+            array = getattr(self, name)
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(
+                    f"{name}: {array.dtype}{list(array.shape)} must be "
+                    f"{np.dtype(dtype)}{list(shape)}."
+                )
+
+    def _check_values(self) -> None:
+        orders, absent = self.orders, self.capacity == ABSENT
+        _require(len(orders) > 0 and bool(np.isfinite(orders).all()), "orders: must be finite")
+        _require(orders[0] > 1 and _all(np.diff(orders) > 0), "orders: must increase, above 1")
+        for name in ("demand", "consumed", "reserved"):
+            amounts = getattr(self, name)
+            _require(
+                _all((amounts >= 0) & (amounts <= MAX_UNITS)),
+                f"{name}: must lie in [0, {MAX_UNITS}]",
+            )
+        _require(
+            _all(absent | (abs(self.capacity) < MAX_UNITS) | (self.capacity == -MAX_UNITS)),
+            f"capacity: must lie in [-{MAX_UNITS}, {MAX_UNITS}), or be ABSENT",
+        )
+        _require(_all((~absent).any(axis=1)), "capacity: every block must track at least one order")
+        _require(
+            _all(
+                (self.unlocked >= np.minimum(self.capacity, 0)) & (self.unlocked <= self.capacity)
+            ),
+            "unlocked: must lie between 0 and a positive capacity, or equal a negative one",
+        )
+        _require(_all(np.isfinite(self.arrival)), "arrival: must be finite")
+        _require(_all(np.isfinite(self.weight) & (self.weight > 0)), "weight: must be above 0")
+        _require(
+            _all((self.priority >= -_MAX_PRIORITY) & (self.priority <= _MAX_PRIORITY)),
+            f"priority: must lie within ±{_MAX_PRIORITY}",
+        )
+
+    def _check_pairs(self) -> None:
+        indptr, indices = self.indptr, self.indices
+        _require(
+            indptr[0] == 0 and indptr[-1] == len(indices) and _all(np.diff(indptr) >= 1),
+            "indptr: must rise from 0 to len(indices), every task with at least one block",
+        )
+        _require(
+            _all((indices >= 0) & (indices < self.blocks)),
+            f"indices: block rows must lie in [0, {self.blocks})",
+        )
+        pairs = self.task_of_pair * self.blocks + indices
+        _require(len(np.unique(pairs)) == len(pairs), "indices: a task asks for a block twice")
+
+
+def _all(condition: NDArray[np.bool_]) -> bool:
+    return bool(condition.all())
+
+
+def _require(holds: bool, requirement: str) -> None:
+    if not holds:
+        raise ValueError(f"{requirement}.")

@@ -1,0 +1,315 @@
+"""All that operator and trainer share: the plan that goes in, the report that comes out.
+
+The operator writes a `TrainingPlan` before anything touches data, reserves its whole cost, and
+mounts it read-only into the trainer pods. Rank 0 answers with a `TrainingReport` as the pod's
+termination message. What holds:
+
+- A plan pins the mechanism: noise multiplier σ, sampling rate q, number of steps, clipping norm C.
+  The trainer runs that mechanism or refuses; it never derives one of them from the data.
+- `TrainingPlan.digest()` names the plan in the ledger and in the report. A report that answers
+  another plan proves nothing.
+- Nothing here imports torch: the operator's image has none.
+"""
+
+import hashlib
+import json
+from enum import IntEnum, StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel
+
+TERMINATION_MESSAGE_BYTES = 4096
+"""What Kubernetes keeps of a termination message; a report must fit."""
+
+Name = Annotated[str, Field(min_length=1, max_length=253)]
+PathString = Annotated[str, Field(min_length=1, max_length=1024)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ExitCode(IntEnum):
+    """How the trainer's process ends; the operator never retries the codes from 3 to 7."""
+
+    COMPLETED = 0
+    CRASHED = 1
+    BAD_PLAN = 3
+    ACCOUNTING_MISMATCH = 4
+    BUDGET_EXHAUSTED = 5
+    BAD_DATA = 6
+    BAD_MODEL = 7
+    STOPPED = 143
+
+
+class Contract(BaseModel):
+    """Base of all models here: immutable, camelCase on the wire, unknown fields are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        alias_generator=to_camel,
+        populate_by_name=True,
+        allow_inf_nan=False,
+    )
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, absent fields left out."""
+        content = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, in hex."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+class JobReference(Contract):
+    """The DPMoEJob that a plan or a report belongs to."""
+
+    namespace: Name
+    name: Name
+    uid: Name
+
+
+class UnitPlan(Contract):
+    """The privacy unit: one row, or all rows that share a value of `column`."""
+
+    kind: Literal["example", "user"] = "example"
+    column: Annotated[str, Field(max_length=253)] | None = None
+
+
+class PartitionPlan(Contract):
+    """Which rows of the file belong to the block: those whose `column` has one of `values`."""
+
+    column: Name
+    values: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]
+
+
+class DataFormat(StrEnum):
+    """File formats that `datasets` reads without running anybody's code."""
+
+    CSV = "csv"
+    TSV = "tsv"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+
+
+class DataPlan(Contract):
+    """One table of labelled text, as the trainer finds it."""
+
+    path: PathString | None = None
+    hugging_face: Name | None = None
+    revision: Name | None = None
+    split: Name | None = None
+    format: DataFormat | None = None
+    text_column: Name
+    label_column: Name
+    partition: PartitionPlan | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.hugging_face is None):
+            raise ValueError("exactly one of path and huggingFace must be set")
+        if self.path is not None and self.format is None:
+            raise ValueError("format must be set where path is")
+        return self
+
+
+class BlockPlan(Contract):
+    """One block that the job trains on. `units` is the owner's public count of privacy units."""
+
+    namespace: Name
+    name: Name
+    account: PathString
+    units: Annotated[int, Field(ge=1)]
+    unit: UnitPlan
+    data: DataPlan
+
+
+class PrivacyPlan(Contract):
+    """The mechanism, pinned: the Poisson-subsampled Gaussian, `steps` times.
+
+    Attributes:
+        epsilon: the (ε, δ) guarantee of the run by the operator's accountant.
+        delta: its δ.
+        noise_multiplier: σ; the noise on the clipped sum is N(0, (σC)² I).
+        sampling_rate: q, the probability with which a unit is in a step's logical batch.
+        steps: how often the mechanism runs, at most.
+        clipping_norm: C, the L2 bound of one unit's contribution.
+        expected_batch: q × units, the public divisor of the noised sum.
+        orders: RDP orders of the blocks that pay.
+    """
+
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    noise_multiplier: Annotated[float, Field(gt=0)]
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    steps: Annotated[int, Field(ge=1)]
+    clipping_norm: Annotated[float, Field(gt=0)]
+    expected_batch: Annotated[float, Field(gt=0)]
+    orders: Annotated[tuple[float, ...], Field(min_length=1, max_length=64)]
+
+
+class UpcyclePlan(Contract):
+    """Sparse upcycling: each chosen dense FFN becomes `experts` copies behind a router."""
+
+    experts: Annotated[int, Field(ge=2, le=256)]
+    top_k: Annotated[int, Field(ge=1, le=16)]
+    layers: Annotated[tuple[int, ...], Field(min_length=1, max_length=256)]
+
+
+class ModelPlan(Contract):
+    """Where the pretrained model is and which of its parameters train.
+
+    `trainable` holds fnmatch patterns over parameter names; empty means all parameters.
+    """
+
+    path: PathString | None = None
+    hugging_face: Name | None = None
+    revision: Name | None = None
+    upcycle: UpcyclePlan | None = None
+    labels: Annotated[int, Field(ge=2, le=1000)]
+    trainable: Annotated[tuple[str, ...], Field(max_length=64)] = ()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.hugging_face is None):
+            raise ValueError("exactly one of path and huggingFace must be set")
+        return self
+
+
+class OptimizerName(StrEnum):
+    """Optimisers of the noised gradient; all are post-processing of what was released."""
+
+    SGD = "sgd"
+    ADAMW = "adamw"
+
+
+class OptimizerPlan(Contract):
+    """The optimiser and its public settings."""
+
+    name: OptimizerName = OptimizerName.ADAMW
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class TrainingSettings(Contract):
+    """What shapes the run and costs no privacy."""
+
+    method: Literal["dp-sgd"] = "dp-sgd"
+    optimizer: OptimizerPlan
+    max_tokens: Annotated[int, Field(ge=4, le=8192)] = 128
+    physical_batch: Annotated[int, Field(ge=1, le=4096)] = 64
+
+
+class EvaluationPlan(Contract):
+    """A set whose scores the owner declared releasable: public, or held out for that purpose."""
+
+    data: DataPlan
+    max_examples: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+
+
+class ParallelPlan(Contract):
+    """Static world size: the sampling plan depends on it staying what it is."""
+
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    expert_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+
+
+class OutputPlan(Contract):
+    """Where the trained model goes: a folder of an opened volume, or an opened URI."""
+
+    path: PathString | None = None
+    uri: PathString | None = None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.path is None) == (self.uri is None):
+            raise ValueError("exactly one of path and uri must be set")
+        return self
+
+
+class TrainingPlan(Contract):
+    """Everything that a run may depend on, written before it starts."""
+
+    version: Literal[1] = 1
+    job: JobReference
+    blocks: Annotated[tuple[BlockPlan, ...], Field(min_length=1, max_length=256)]
+    privacy: PrivacyPlan
+    model: ModelPlan
+    training: TrainingSettings
+    parallel: ParallelPlan = ParallelPlan()
+    evaluation: EvaluationPlan | None = None
+    output: OutputPlan | None = None
+
+
+class Outcome(StrEnum):
+    """How a run ended, by the trainer's own account."""
+
+    COMPLETED = "Completed"
+    STOPPED = "Stopped"
+    REFUSED = "Refused"
+    FAILED = "Failed"
+
+
+class Mechanism(Contract):
+    """The mechanism that really ran; `steps` counts every step whose sample was drawn."""
+
+    noise_multiplier: Annotated[float, Field(gt=0)]
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    clipping_norm: Annotated[float, Field(gt=0)]
+    steps: Annotated[int, Field(ge=0)]
+
+
+class Evaluation(Contract):
+    """Scores on the plan's releasable evaluation set, and the share of its largest class."""
+
+    examples: Annotated[int, Field(ge=1)]
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+    majority_share: Annotated[float, Field(ge=0, le=1)]
+
+
+class TrainingReport(Contract):
+    """What the trainer did. A claim: the operator settles by what it proves, not by what it says.
+
+    `message` is for people and holds no private value: error texts of the trainer name fields and
+    files, never content.
+    """
+
+    version: Literal[1] = 1
+    job: JobReference
+    plan_digest: Digest
+    outcome: Outcome
+    mechanism: Mechanism
+    epsilon: Annotated[float, Field(ge=0)]
+    evaluation: Evaluation | None = None
+    output: PathString | None = None
+    message: Annotated[str, Field(max_length=1024)] = ""
+
+
+class Progress(Contract):
+    """What rank 0 serves at `GET /progress`: public by the plan, nothing computed on the data."""
+
+    step: Annotated[int, Field(ge=0)]
+    steps: Annotated[int, Field(ge=1)]
+    epsilon: Annotated[float, Field(ge=0)]
+    steps_per_second: Annotated[float, Field(ge=0)] = 0.0
+    phase: Literal["Loading", "Training", "Evaluating", "Saving", "Done"] = "Loading"
+
+
+PROGRESS_PORT = 8475
+"""Port of rank 0's progress endpoint, unless the environment says otherwise."""
+
+
+class Environment(StrEnum):
+    """Names of the environment variables that a trainer process reads.
+
+    `ROOT` is the folder that stands for `/` in the plan's absolute paths and in the other
+    variables; it is unset in a container, and the local process runner sets it to the folder in
+    which it lays out the pod's volumes.
+    """
+
+    ROOT = "DPMOE_ROOT"
+    PLAN = "DPMOE_PLAN"
+    TERMINATION_LOG = "DPMOE_TERMINATION_LOG"
+    PROGRESS_PORT = "DPMOE_PROGRESS_PORT"

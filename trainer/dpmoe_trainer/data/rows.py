@@ -1,0 +1,130 @@
+"""Tokenised rows, and the physical batches made of them.
+
+A batch is padded to its own longest row, never to the plan's longest: rows are short, and the
+bound on their length is there for memory. Padding is masked, so it is no part of any gradient.
+
+Where the lower layers of the model are frozen, what they make of a row never changes, so it is
+computed once and kept in half precision. That halves a step's work and more, and is as private as
+the row: it depends on nothing else and never leaves the process.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
+"""`attention_mask` [B, T], `labels` [B], and `input_ids` [B, T] or `hidden_states` [B, T, D]."""
+
+Lower = Callable[[Tensor, Tensor], Tensor]
+"""A model's frozen lower part: input_ids and attention_mask [B, T] to hidden_states [B, T, D]."""
+
+CACHE_BYTES = 4 * 2**30
+"""Most memory for outputs of frozen layers; the rows beyond it are computed whenever drawn."""
+
+ENCODED_AT_ONCE = 1000
+"""Texts that the tokenizer gets in one call."""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, padding: int
+) -> list[np.ndarray]:
+    """Each text's token ids, cut to `max_tokens`.
+
+    A text without any token becomes one of padding: attention needs something to look at.
+    """
+    encoded: list[np.ndarray] = []
+    for start in range(0, len(texts), ENCODED_AT_ONCE):
+        chunk = list(texts[start : start + ENCODED_AT_ONCE])
+        ids = tokenizer(chunk, truncation=True, max_length=max_tokens)["input_ids"]
+        encoded += [np.array(row or [padding], dtype=np.int32) for row in ids]
+    return encoded
+
+
+class Rows:
+    """All rows of one or more tables, as batches of tensors.
+
+    Args:
+        tokens: each row's token ids, not empty.
+        labels: each row's class.
+        padding: the token id that fills shorter rows up.
+        device: where batches are made.
+        lower: the model's frozen lower part, if batches are to carry its outputs.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[np.ndarray],
+        labels: Sequence[int],
+        padding: int,
+        device: torch.device,
+        lower: Lower | None = None,
+    ) -> None:
+        assert len(tokens) == len(labels), "every row has a label"
+        self._tokens = tokens
+        self._labels = torch.tensor(labels, dtype=torch.long)
+        self._padding = padding
+        self._device = device
+        self._lower = lower
+        self._hidden: dict[int, Tensor] = {}
+        self._hidden_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def physical_batches(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
+        """Splits rows into batches of at most `size`, alike in length so that little is padded."""
+        ordered = sorted(rows, key=lambda row: len(self._tokens[row]))
+        for start in range(0, len(ordered), size):
+            yield self.batch(ordered[start : start + size])
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """One batch of the given rows, which must not be empty."""
+        batch = {
+            "attention_mask": self._attention_mask(rows),
+            "labels": self._labels[list(rows)].to(self._device),
+        }
+        if self._lower is None:
+            return batch | {"input_ids": self._input_ids(rows)}
+        return batch | {"hidden_states": self._hidden_states(rows, self._lower)}
+
+    def _longest(self, rows: Sequence[int]) -> int:
+        return max(len(self._tokens[row]) for row in rows)
+
+    def _attention_mask(self, rows: Sequence[int]) -> Tensor:
+        lengths = torch.tensor([len(self._tokens[row]) for row in rows])
+        mask = torch.arange(self._longest(rows)) < lengths[:, None]
+        return mask.long().to(self._device)
+
+    def _input_ids(self, rows: Sequence[int]) -> Tensor:
+        ids = torch.full((len(rows), self._longest(rows)), self._padding)
+        for position, row in enumerate(rows):
+            ids[position, : len(self._tokens[row])] = torch.from_numpy(self._tokens[row])
+        return ids.to(self._device)
+
+    def _hidden_states(self, rows: Sequence[int], lower: Lower) -> Tensor:
+        """The frozen layers' outputs [B, T, D]; padded with zeros, which the mask hides."""
+        fresh = [row for row in rows if row not in self._hidden]
+        computed = dict(zip(fresh, self._run_lower(fresh, lower), strict=True)) if fresh else {}
+        known = [computed[row] if row in computed else self._hidden[row] for row in rows]
+        for row, hidden in computed.items():
+            if self._hidden_bytes < CACHE_BYTES:
+                self._hidden[row] = hidden
+                self._hidden_bytes += hidden.nbytes
+        batch = torch.zeros(len(rows), self._longest(rows), known[0].shape[1])
+        for position, hidden in enumerate(known):
+            batch[position, : len(hidden)] = hidden
+        return batch.to(self._device)
+
+    @torch.no_grad()
+    def _run_lower(self, rows: Sequence[int], lower: Lower) -> list[Tensor]:
+        """Each row's output [its length, D], in half precision unless that overflows."""
+        outputs = lower(self._input_ids(rows), self._attention_mask(rows)).cpu()
+        kept = []
+        for row, output in zip(rows, outputs, strict=True):
+            exact = output[: len(self._tokens[row])].float()
+            half = exact.half()
+            kept.append(half if half.isfinite().all() else exact.clone())
+        return kept

@@ -1,0 +1,184 @@
+"""Reads one table of labelled text with `datasets`, without leaving a copy of it anywhere.
+
+Private rows must not outlive the run, so tables are streamed into memory: `datasets` prepares no
+Arrow files, and the folder that it insists on for its locks is temporary. What holds:
+
+- No message of an error here holds anything read from the table: parsers like to quote the row
+  that they choke on, so the causes of their errors are dropped, not chained.
+- A table that is not what the plan says (a missing column, a label out of range, an empty file)
+  refuses the whole run. Whether a file is well formed is thereby taken as public; a row's text,
+  label and user are not.
+"""
+
+import glob
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpmoe_trainer.contract import DataFormat, DataPlan
+from dpmoe_trainer.errors import BadData
+
+READ_ROWS = 1000
+"""Rows that are converted at a time while a table is read."""
+
+_BUILDERS = {
+    DataFormat.CSV: ("csv", {"sep": ","}),
+    DataFormat.TSV: ("csv", {"sep": "\t"}),
+    DataFormat.JSONL: ("json", {}),
+    DataFormat.PARQUET: ("parquet", {}),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one table that belong to its partition, column by column.
+
+    Attributes:
+        texts: one text a row.
+        labels: one class a row, in [0, labels).
+        users: the privacy unit that each row belongs to, or None where each row is its own.
+    """
+
+    texts: list[str]
+    labels: list[int]
+    users: list[str] | None = None
+
+
+def read_table(
+    plan: DataPlan,
+    field: str,
+    labels: int,
+    unit_column: str | None = None,
+    limit: int | None = None,
+) -> Table:
+    """Reads a table into memory.
+
+    Args:
+        plan: where the table is; an absolute path must already lie under the run's root.
+        field: the plan's field that holds `plan`, for error messages.
+        labels: number of classes.
+        unit_column: the column that names a row's user; None if each row is a privacy unit.
+        limit: keep at most this many rows.
+
+    Raises:
+        BadData: the table is missing, unreadable, empty, or lacks what the plan says of it.
+    """
+    partition = plan.partition
+    columns = [plan.text_column, plan.label_column]
+    columns += [partition.column] if partition else []
+    columns += [unit_column] if unit_column else []
+
+    texts: list[str] = []
+    classes: list[int] = []
+    users: list[str] = []
+    for batch in _batches(plan, field, columns):
+        for column in columns:
+            if column not in batch:
+                raise BadData(
+                    f"{field}: the table has no column {column!r}; name a column that it has, or "
+                    f"add the column to the table"
+                )
+        rows = range(len(batch[plan.text_column]))
+        if partition:
+            rows = [
+                row for row in rows if _as_string(batch[partition.column][row]) in partition.values
+            ]
+        for row in rows:
+            texts.append(_text(batch[plan.text_column][row], f"{field}.textColumn", plan))
+            classes.append(
+                _label(batch[plan.label_column][row], f"{field}.labelColumn", plan, labels)
+            )
+            if unit_column:
+                users.append(_user(batch[unit_column][row], field, unit_column))
+        if limit is not None and len(texts) >= limit:
+            break
+
+    if not texts:
+        chosen = f" with {partition.column!r} in {list(partition.values)}" if partition else ""
+        raise BadData(f"{field}: the table has no rows{chosen}; check the file and the partition")
+    if unit_column:
+        return Table(texts[:limit], classes[:limit], users[:limit])
+    return Table(texts[:limit], classes[:limit], None)
+
+
+def _batches(plan: DataPlan, field: str, columns: list[str]) -> Iterator[dict[str, list[Any]]]:
+    """Streams the table, and turns every error of the parsers into one without content."""
+    # Imported late: it takes more than a second, and a refused plan needs none of it.
+    import datasets
+
+    if plan.path is not None and not Path(plan.path).is_file():
+        raise BadData(f"{field}.path: {plan.path!r} is not a file; check the path and its volume")
+    with tempfile.TemporaryDirectory(prefix="dpmoe-locks-") as locks:
+        try:
+            if plan.path is not None:
+                assert plan.format is not None, "the contract pairs path with format"
+                builder, options = _BUILDERS[plan.format]
+                if builder == "csv":
+                    # Cells stay the strings they are: no guessed numbers, no "NA" turned to null.
+                    options = options | {
+                        "converters": dict.fromkeys(columns, str),
+                        "keep_default_na": False,
+                    }
+                dataset = datasets.load_dataset(
+                    builder,
+                    data_files=[glob.escape(plan.path)],
+                    split=plan.split or "train",
+                    streaming=True,
+                    cache_dir=locks,
+                    **options,
+                )
+            else:
+                dataset = datasets.load_dataset(
+                    plan.hugging_face,
+                    revision=plan.revision,
+                    split=plan.split or "train",
+                    streaming=True,
+                    cache_dir=locks,
+                )
+            yield from dataset.iter(batch_size=READ_ROWS)
+        except StopIteration:
+            return  # how `datasets` answers a file without a single byte
+        except Exception as error:
+            source = plan.path if plan.path is not None else plan.hugging_face
+            kind = f" as {plan.format}" if plan.format else ""
+            raise BadData(
+                f"{field}: {source!r} cannot be read{kind} ({type(error).__name__}); check that "
+                f"the table is complete, and that its format and split are as the plan says"
+            ) from None
+
+
+def _text(value: object, field: str, plan: DataPlan) -> str:
+    if not isinstance(value, str):
+        raise BadData(
+            f"{field}: column {plan.text_column!r} holds a value that is not text; every row of "
+            f"the partition needs one"
+        )
+    return value
+
+
+def _label(value: object, field: str, plan: DataPlan, labels: int) -> int:
+    """A class, from an integer or the digits of one (all that CSV has)."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < labels:
+        raise BadData(
+            f"{field}: column {plan.label_column!r} holds a value that is not an integer in "
+            f"[0, {labels}); encode the classes so, or correct model.labels"
+        )
+    return value
+
+
+def _user(value: object, field: str, column: str) -> str:
+    if value is None or value == "":
+        raise BadData(
+            f"{field}: column {column!r} names no user in some row; every row needs one, since "
+            f"the user is the privacy unit"
+        )
+    return _as_string(value)
+
+
+def _as_string(value: object) -> str:
+    """A cell as the plan's strings spell it; JSON's spelling for booleans."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,9 @@
+"""What the engine refuses, as errors that name the thing refused and the remedy."""
+
+
+class NotPerSample(ValueError):
+    """The model, batch or loss has no bounded per-sample gradient that the engine can vouch for."""
+
+
+class UncoveredParameter(NotPerSample):
+    """A trained parameter is used in a way for which the engine has no per-sample norm."""

@@ -1,0 +1,86 @@
+"""Linear layers: y = W·x + b, and so routers and heads.
+
+A sample's weight gradient is G_b = Σ_t g_t·x_tᵀ over its tokens. Its squared norm is either formed
+from G_b itself, or without it as Σ_{t,t'} (x_t·x_t')(g_t·g_t') (ghost norm: Goodfellow 2015, arXiv
+1510.01799; Li et al. 2022, arXiv 2110.05679), whichever costs less.
+
+Shapes: B samples, T rows of each, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpmoe_trainer.dp.tape import Tape, Use, wide
+
+
+class LinearWeight(Use):
+    """W_OI, book-kept: inputs and output gradients wait until the clip factors are known."""
+
+    def __init__(self, tape: Tape, name: str, rows: Tensor) -> None:
+        self._tape = tape
+        self._name = name
+        self._x_BTI = tape.by_sample(rows.detach())
+        self._g_BTO: Tensor | None = None
+        self._per_sample_BOI: Tensor | None = None
+
+    def squared_norms(self, gradient: Tensor) -> Tensor:
+        """Ghost norm, or the norm of the formed gradients where those are the smaller."""
+        x_BTI, g_BTO = self._x_BTI, self._tape.by_sample(gradient)
+        rows, inputs, outputs = x_BTI.shape[1], x_BTI.shape[2], g_BTO.shape[2]
+        if rows * (inputs + outputs) < inputs * outputs:
+            self._g_BTO = g_BTO
+            return (self._tape.gram(x_BTI) * (wide(g_BTO) @ wide(g_BTO).transpose(1, 2))).sum(
+                (1, 2)
+            )
+        self._per_sample_BOI = wide(g_BTO).transpose(1, 2) @ wide(x_BTI)
+        return self._per_sample_BOI.pow(2).sum((1, 2))
+
+    def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
+        """One product over all rows, the narrower operand's scaled by their sample's factor."""
+        if self._per_sample_BOI is not None:
+            return {self._name: weighted_sum(factors, self._per_sample_BOI)}
+        assert self._g_BTO is not None, "the gradient was received"
+        x_BTI, g_BTO = wide(self._x_BTI), wide(self._g_BTO)
+        factors_B11 = factors.to(x_BTI.dtype)[:, None, None]
+        if x_BTI.shape[2] < g_BTO.shape[2]:
+            x_BTI = x_BTI * factors_B11
+        else:
+            g_BTO = g_BTO * factors_B11
+        return {self._name: g_BTO.flatten(0, 1).T @ x_BTI.flatten(0, 1)}
+
+
+class Bias(Use):
+    """A parameter that is added to every row: a sample's gradient is the sum of its rows'."""
+
+    def __init__(self, tape: Tape, name: str) -> None:
+        self._tape = tape
+        self._name = name
+
+    def squared_norms(self, gradient: Tensor) -> Tensor:
+        """‖Σ_t g_t‖²."""
+        self._per_sample_BO = wide(self._tape.by_sample(gradient)).sum(1)
+        return self._per_sample_BO.pow(2).sum(1)
+
+    def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
+        """The samples' gradients, weighted."""
+        return {self._name: weighted_sum(factors, self._per_sample_BO)}
+
+
+def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Stands for `torch.nn.functional.linear`."""
+    weight_name, weight_value = tape.claim(weight, "linear")
+    bias_name, bias_value = tape.claim(bias, "linear")
+    output = F.linear(input, weight_value, bias_value)
+    if weight_name is not None:
+        tape.record(output, LinearWeight(tape, weight_name, input))
+    if bias_name is not None:
+        tape.record(output, Bias(tape, bias_name))
+    return output
+
+
+def weighted_sum(factors: Tensor, per_sample: Tensor) -> Tensor:
+    """Σ_b factors[b]·per_sample[b]."""
+    return torch.tensordot(factors.to(per_sample.dtype), per_sample, dims=1)

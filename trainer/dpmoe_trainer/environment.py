@@ -1,0 +1,106 @@
+"""Where one run finds its plan, data and outputs: the command line and the environment, as values.
+
+`DPMOE_ROOT` stands for `/` in the plan's absolute paths and in the other variables: a local process
+then sees the volumes of its pod below one folder. Nothing else of the trainer reads variables.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
+
+from dpmoe_trainer.contract import Environment
+from dpmoe_trainer.errors import BadPlan
+
+TERMINATION_LOG = "/dev/termination-log"
+"""Where Kubernetes reads a container's termination message, unless the pod says otherwise."""
+
+REPORT_FILE = "report.json"
+"""The report's name in the folder that `--output` names."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run reads from outside its plan.
+
+    Attributes:
+        plan: the plan's file.
+        report: the file that the report is written to.
+        output: the folder for the model, in place of the plan's own output; None outside the CLI.
+        progress_port: the port that serves progress, as written; None serves nothing.
+        root: the folder that stands for `/` in the plan's paths; None is `/` itself.
+    """
+
+    plan: Path
+    report: Path
+    output: Path | None
+    progress_port: str | None
+    root: Path | None
+
+    def resolve(self, path: str, field: str) -> Path:
+        """An absolute path of the plan, below the root.
+
+        Raises:
+            BadPlan: the path climbs with `..`, which could leave the root or an opened volume.
+        """
+        return _below(self.root, path, field)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what argparse would exit with, so that the exit code is one of the contract."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadPlan(f"command line: {message}; see --help")
+
+
+def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Reads the command line, then the environment for what it leaves open.
+
+    Raises:
+        BadPlan: the command line is malformed, or names no plan or no place for the report.
+    """
+    parser = _Parser(
+        prog="python -m dpmoe_trainer", description="Runs one TrainingPlan under DP, or refuses it."
+    )
+    parser.add_argument("--plan", type=Path, help=f"plan file (default: ${Environment.PLAN})")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"folder for the model and its {REPORT_FILE}, in place of the plan's output",
+    )
+    options = parser.parse_args(arguments)
+
+    root = Path(environment[Environment.ROOT]) if environment.get(Environment.ROOT) else None
+    plan = options.plan
+    if plan is None:
+        if not environment.get(Environment.PLAN):
+            raise BadPlan(f"no plan: pass --plan FILE, or set {Environment.PLAN}")
+        plan = _below(root, environment[Environment.PLAN], Environment.PLAN)
+
+    if options.output is not None:
+        report = options.output / REPORT_FILE
+    else:
+        named = environment.get(Environment.TERMINATION_LOG)
+        report = _below(root, named or TERMINATION_LOG, Environment.TERMINATION_LOG)
+        if not named and not report.exists():
+            raise BadPlan(
+                f"no place for the report: pass --output DIR, or set {Environment.TERMINATION_LOG} "
+                f"({report} does not exist, so this is not a container of Kubernetes)"
+            )
+    return Settings(
+        plan=plan,
+        report=report,
+        output=options.output,
+        progress_port=environment.get(Environment.PROGRESS_PORT) or None,
+        root=root,
+    )
+
+
+def _below(root: Path | None, path: str, field: str) -> Path:
+    pure = PurePosixPath(path)
+    if ".." in pure.parts:
+        raise BadPlan(f"{field}: {path!r} climbs with '..'; write the path without it")
+    if root is None or not pure.is_absolute():
+        return Path(pure)
+    return root / pure.relative_to("/")

@@ -1,0 +1,45 @@
+"""How a run ends early: refusals, each with the exit code that the operator reads, and two more.
+
+Their messages are for people and leave the data's namespace: they name a field, its value in the
+plan and the remedy, and never hold anything that was read from a private table.
+"""
+
+from typing import ClassVar
+
+from dpmoe_trainer.contract import ExitCode
+
+
+class Refusal(Exception):
+    """Base of all refusals; nothing was trained, and usually no data was touched."""
+
+    code: ClassVar[ExitCode] = ExitCode.BAD_PLAN
+
+
+class BadPlan(Refusal):
+    """The plan, the command line or the environment asks for what this trainer cannot do."""
+
+
+class UncoveredMechanism(Refusal):
+    """The plan's mechanism costs more than the guarantee that the plan states."""
+
+    code = ExitCode.ACCOUNTING_MISMATCH
+
+
+class BadData(Refusal):
+    """A table is missing, unreadable, or not what the plan says about it."""
+
+    code = ExitCode.BAD_DATA
+
+
+class BadModel(Refusal):
+    """The pretrained model is missing, unreadable, or has a part that cannot be clipped."""
+
+    code = ExitCode.BAD_MODEL
+
+
+class StopRequested(Exception):
+    """The run was asked to stop, and did so between two steps."""
+
+
+class SavingFailed(Exception):
+    """The trained model could not be written; the privacy is spent all the same."""

@@ -1,0 +1,190 @@
+"""Puts the trained model where the plan says: whole, or not at all.
+
+The model is written to a staging folder and then moved file by file, `config.json` last. A folder
+without that file does not load, on a volume as in an object store, so a run that is killed while
+it saves leaves nothing that looks like a model. Whether a target can be written is tried before
+any data is touched: a run that cannot keep its model should cost no privacy.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import fsspec
+
+from dpmoe_trainer.contract import OutputPlan
+from dpmoe_trainer.environment import Settings
+from dpmoe_trainer.errors import BadPlan, SavingFailed
+
+LAST_FILE = "config.json"
+"""The file that `transformers` looks for first; it arrives last."""
+
+SPARE_BYTES = 16 * 2**20
+"""Room beyond the parameters: tokenizer, configuration, report."""
+
+
+class Target(Protocol):
+    """A place for one model."""
+
+    name: str
+    """The place as the report names it."""
+
+    def check(self) -> None:
+        """Tries to write there, and refuses a place that already holds a model."""
+
+    def check_room(self, size: int) -> None:
+        """Refuses a place with too little room for a model of `size` bytes, where one can ask."""
+
+    def save(self, write: Callable[[Path], None], size: int) -> None:
+        """Lets `write` fill a staging folder, and moves its files to the place."""
+
+
+def open_target(plan: OutputPlan | None, settings: Settings) -> Target | None:
+    """The run's target: the command line's folder, else the plan's output, else none.
+
+    Raises:
+        BadPlan: the target cannot be written, or already holds a model.
+    """
+    target: Target
+    if settings.output is not None:
+        target = FolderTarget(settings.output, str(settings.output), "--output")
+    elif plan is None:
+        return None
+    elif plan.path is not None:
+        folder = settings.resolve(plan.path, "output.path")
+        target = FolderTarget(folder, plan.path, "output.path")
+    else:
+        assert plan.uri is not None, "the contract sets exactly one of path and uri"
+        target = UriTarget(plan.uri)
+    target.check()
+    return target
+
+
+class FolderTarget:
+    """A folder, on a mounted volume or a workstation."""
+
+    def __init__(self, folder: Path, name: str, field: str) -> None:
+        self.folder = folder
+        self.name = name
+        self._field = field
+
+    def check(self) -> None:
+        """See `Target`."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise BadPlan(
+                f"{self._field}: {self.name!r} cannot be written ({error.strerror}); name a "
+                f"folder that the trainer's user may write to"
+            ) from error
+        if (self.folder / LAST_FILE).exists():
+            raise BadPlan(
+                f"{self._field}: {self.name!r} already holds a model; name another folder, or "
+                f"move that model away"
+            )
+
+    def check_room(self, size: int) -> None:
+        """See `Target`."""
+        free = shutil.disk_usage(self.folder).free
+        if free < size + SPARE_BYTES:
+            raise BadPlan(
+                f"{self._field}: {self.name!r} has {_megabytes(free)} free and the model needs "
+                f"{_megabytes(size + SPARE_BYTES)}; make room, or name another volume"
+            )
+
+    def save(self, write: Callable[[Path], None], size: int) -> None:
+        """See `Target`; staging lies inside the folder, so that each move is a rename."""
+        try:
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".partial-") as staging:
+                write(Path(staging))
+                for name in _files(Path(staging)):
+                    (self.folder / name).parent.mkdir(exist_ok=True)
+                    os.replace(staging / name, self.folder / name)
+        except Exception as error:
+            free = shutil.disk_usage(self.folder).free
+            raise SavingFailed(
+                f"{self._field}: the model could not be saved to {self.name!r} "
+                f"({_reason(error)}); it needs {_megabytes(size)} and {_megabytes(free)} are free "
+                f"there: make room and run the job again, which pays its privacy again"
+            ) from error
+
+
+class UriTarget:
+    """A prefix of an object store, through the `fsspec` driver of its scheme."""
+
+    def __init__(self, uri: str) -> None:
+        self.name = uri
+        self._prefix = uri.rstrip("/")
+
+    def check(self) -> None:
+        """See `Target`."""
+        scheme, separator, rest = self.name.partition("://")
+        if not separator or not rest or "::" in self.name or scheme in ("file", "local"):
+            raise BadPlan(
+                f"output.uri: {self.name!r} is not the URI of a store; write scheme://bucket/prefix, "
+                f"and use output.path for a folder"
+            )
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except (ImportError, ValueError) as error:
+            raise BadPlan(
+                f"output.uri: no driver for scheme {scheme!r} of {self.name!r} is installed; add "
+                f"its fsspec driver to the trainer image (s3: s3fs, gs: gcsfs, abfs: adlfs), or "
+                f"use output.path"
+            ) from error
+        try:
+            store, path = fsspec.core.url_to_fs(self._prefix)
+            store.makedirs(path, exist_ok=True)
+            probe = f"{path}/.write-check"
+            store.pipe_file(probe, b"")
+            with suppress(Exception):  # a store that forbids deletion may keep the empty file
+                store.rm_file(probe)
+            taken = store.exists(f"{path}/{LAST_FILE}")
+        except Exception as error:
+            raise BadPlan(
+                f"output.uri: {self.name!r} cannot be written ({_reason(error)}); check the "
+                f"bucket, and the credentials that the owner gave to trainer pods"
+            ) from error
+        if taken:
+            raise BadPlan(f"output.uri: {self.name!r} already holds a model; name another prefix")
+
+    def check_room(self, size: int) -> None:
+        """See `Target`; object stores have no notion of it."""
+
+    def save(self, write: Callable[[Path], None], size: int) -> None:
+        """See `Target`; staging is a private temporary folder on this machine."""
+        try:
+            store, path = fsspec.core.url_to_fs(self._prefix)
+            with tempfile.TemporaryDirectory(prefix="dpmoe-model-") as staging:
+                write(Path(staging))
+                for name in _files(Path(staging)):
+                    store.put_file(str(staging / name), f"{path}/{name.as_posix()}")
+        except Exception as error:
+            raise SavingFailed(
+                f"output.uri: the model ({_megabytes(size)}) could not be saved to {self.name!r} "
+                f"({_reason(error)}); check the bucket and run the job again, which pays its "
+                f"privacy again"
+            ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The names of all files below the folder, `LAST_FILE` at the end."""
+    names = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    return sorted(names, key=lambda name: (name == Path(LAST_FILE), name))
+
+
+def _reason(error: Exception) -> str:
+    """The system's own words for an error, else the error's type: nothing from a foreign text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    return type(error).__name__
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

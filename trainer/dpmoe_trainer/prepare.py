@@ -1,0 +1,150 @@
+"""All that happens before the first private row is read: what a run needs, or why it is refused.
+
+Checks go from cheap to costly: the plan alone, then the place for the model, then the model. None
+of them sees data, so every refusal here costs no privacy, and its text may quote foreign errors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dpmoe_trainer.contract import ModelPlan, OptimizerName, TrainingPlan
+from dpmoe_trainer.data.rows import Lower
+from dpmoe_trainer.dp import check_model
+from dpmoe_trainer.dp.accounting import AccountingMismatch, check_plan
+from dpmoe_trainer.environment import Settings
+from dpmoe_trainer.errors import BadModel, BadPlan, UncoveredMechanism
+from dpmoe_trainer.models import load_model, load_tokenizer, select_trainable, upcycle
+from dpmoe_trainer.models.load import resolve
+
+
+def check_mechanism(plan: TrainingPlan) -> None:
+    """Refuses what the plan alone shows to be wrong.
+
+    Raises:
+        BadPlan: it asks for what this trainer does not do.
+        UncoveredMechanism: its mechanism costs more than its (ε, δ), by this trainer's accountant.
+    """
+    for field, size in (
+        ("workers", plan.parallel.workers),
+        ("expertParallel", plan.parallel.expert_parallel),
+    ):
+        if size > 1:
+            raise BadPlan(f"parallel.{field}: {size} is more than this trainer runs; set it to 1")
+    optimizer = plan.training.optimizer
+    if optimizer.name is not OptimizerName.SGD and optimizer.momentum:
+        raise BadPlan(
+            f"training.optimizer.momentum: {optimizer.momentum} has no meaning for "
+            f"{optimizer.name}; set it to 0, or the name to {OptimizerName.SGD}"
+        )
+    privacy = plan.privacy
+    try:
+        check_plan(
+            privacy.noise_multiplier,
+            privacy.sampling_rate,
+            privacy.steps,
+            privacy.epsilon,
+            privacy.delta,
+            privacy.orders,
+        )
+    except AccountingMismatch as error:
+        raise UncoveredMechanism(f"privacy: {error}") from error
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to train.
+
+    Attributes:
+        model: on its device, with exactly the plan's parameters trainable.
+        tokenizer: its tokenizer, with a padding token.
+        device: where it computes.
+        lower: its frozen lower part, if it has one whose outputs may be computed once.
+        size: bytes of its parameters and buffers.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    lower: Lower | None
+    size: int
+
+
+def load(plan: TrainingPlan, settings: Settings) -> LoadedModel:
+    """Loads the pretrained model, and has the engine prove itself on made-up tokens.
+
+    Raises:
+        BadModel: it cannot be loaded, does not fit the plan, or cannot be clipped.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # What is fresh in the model (router, head) comes from the plan, so a plan names its start.
+    # Noise and sampling have a secret key of their own.
+    seed = int(plan.digest()[:8], 16)
+    torch.manual_seed(seed)
+    try:
+        model, tokenizer = _load(plan.model, settings, seed)
+        select_trainable(model, plan.model.trainable or ("*",))
+        _check_sizes(model, tokenizer, plan.training.max_tokens)
+        model.to(device)
+        check_model(model)
+    except BadPlan:
+        raise
+    except Exception as error:
+        raise BadModel(f"model: {error or type(error).__name__}") from error
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        lower=_frozen_part(model),
+        size=sum(tensor.nbytes for tensor in model.state_dict().values()),
+    )
+
+
+def _load(
+    plan: ModelPlan, settings: Settings, seed: int
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    if plan.path is not None:
+        source = str(settings.resolve(plan.path, "model.path").absolute())
+    else:
+        assert plan.hugging_face is not None, "the contract sets exactly one of the two"
+        source = plan.hugging_face
+    folder = resolve(source, plan.revision)
+    tokenizer = load_tokenizer(folder)
+    if plan.upcycle is None:
+        return load_model(folder, plan.labels), tokenizer
+    return (
+        upcycle(
+            folder,
+            experts=plan.upcycle.experts,
+            top_k=plan.upcycle.top_k,
+            layers=plan.upcycle.layers,
+            num_labels=plan.labels,
+            seed=seed,
+        ),
+        tokenizer,
+    )
+
+
+def _check_sizes(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    """A row must not be able to break the run by its length or its words."""
+    positions = getattr(model.config, "max_position_embeddings", max_tokens)
+    if max_tokens > positions:
+        raise ValueError(
+            f"it takes {positions} tokens at most, and training.maxTokens is {max_tokens}: lower it"
+        )
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"its tokenizer has {len(tokenizer)} tokens and its vocabulary "
+            f"{model.config.vocab_size}: use the tokenizer that belongs to it"
+        )
+
+
+def _frozen_part(model: nn.Module) -> Lower | None:
+    if not hasattr(model, "lower"):
+        return None
+    embeddings = model.get_input_embeddings().parameters()
+    if any(parameter.requires_grad for parameter in embeddings):
+        return None
+    return model.lower

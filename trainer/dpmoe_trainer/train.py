@@ -1,0 +1,139 @@
+"""The training loop: one plan in, one trained model and its scores out.
+
+Read top to bottom, this is the whole run. What holds:
+
+- Whatever can be refused from the plan alone is refused before the model is read, and what the
+  model or the output forbids before any data is.
+- The loop runs the plan's mechanism, the plan's number of times. A step counts as spent from the
+  moment its sample is drawn.
+- Nothing computed on private rows leaves the loop but the noised sum's effect on the model: no
+  loss, no norm, no size of a sample is printed, logged, served or kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpmoe_trainer.contract import BlockPlan, DataPlan, Evaluation, TrainingPlan
+from dpmoe_trainer.data.rows import Rows, encode
+from dpmoe_trainer.data.tables import Table, read_table
+from dpmoe_trainer.data.units import load_units
+from dpmoe_trainer.dp.noise import NoiseKey, add_noise
+from dpmoe_trainer.dp.sampling import poisson_draw
+from dpmoe_trainer.environment import Settings
+from dpmoe_trainer.errors import StopRequested
+from dpmoe_trainer.evaluate import evaluate
+from dpmoe_trainer.methods.dp_sgd import Updater, sum_clipped
+from dpmoe_trainer.output import open_target
+from dpmoe_trainer.prepare import LoadedModel, check_mechanism, load
+from dpmoe_trainer.progress import ProgressBoard
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run that took all its steps has to show.
+
+    Attributes:
+        evaluation: scores on the releasable evaluation set, if the plan names one.
+        output: where the model lies, as the plan calls it; None if it was not to be kept.
+    """
+
+    evaluation: Evaluation | None
+    output: str | None
+
+
+def train(
+    plan: TrainingPlan, settings: Settings, board: ProgressBoard, stopping: Callable[[], bool]
+) -> Trained:
+    """Runs the plan to its end.
+
+    Args:
+        plan: what to run.
+        settings: where its files are.
+        board: counts the steps, for the report and for whoever watches.
+        stopping: tells whether the run was asked to stop.
+
+    Raises:
+        Refusal: the plan, the model or the data is not what it must be; no step was taken.
+        StopRequested: it was asked to stop, and did before its last step.
+        SavingFailed: all steps were taken, and the model could not be kept.
+    """
+    privacy, training = plan.privacy, plan.training
+
+    check_mechanism(plan)
+    target = open_target(plan.output, settings)
+    loaded = load(plan, settings)
+    model = loaded.model
+    if target is not None:
+        target.check_room(loaded.size)
+    if stopping():
+        raise StopRequested
+
+    table, units = load_units(_blocks(plan, settings), plan.model.labels)
+    private_rows = _rows(table, loaded, training.max_tokens)
+    public_rows = None
+    if plan.evaluation is not None:
+        public_rows = _rows(_evaluation_table(plan, settings), loaded, training.max_tokens)
+
+    key = NoiseKey()
+    updater = Updater(model, training.optimizer, privacy.steps, privacy.expected_batch)
+    board.enter("Training")
+    for step in range(privacy.steps):
+        if stopping():
+            raise StopRequested
+        board.count_draw()
+        drawn = poisson_draw(len(units), privacy.sampling_rate, key, step)
+        clipped = sum_clipped(
+            model,
+            private_rows,
+            (units[index] for index in drawn),
+            privacy.clipping_norm,
+            training.physical_batch,
+        )
+        noised = add_noise(clipped, privacy.noise_multiplier, privacy.clipping_norm, key, step)
+        updater.update(noised)
+        board.count_update()
+
+    evaluation = None
+    if public_rows is not None:
+        board.enter("Evaluating")
+        evaluation = evaluate(model, public_rows, training.physical_batch)
+
+    if target is not None:
+        board.enter("Saving")
+        target.save(lambda folder: _write(loaded, folder), loaded.size)
+    board.enter("Done")
+    return Trained(evaluation, target.name if target is not None else None)
+
+
+def _blocks(plan: TrainingPlan, settings: Settings) -> tuple[BlockPlan, ...]:
+    return tuple(
+        block.model_copy(update={"data": _located(block.data, f"blocks[{index}].data", settings)})
+        for index, block in enumerate(plan.blocks)
+    )
+
+
+def _evaluation_table(plan: TrainingPlan, settings: Settings) -> Table:
+    assert plan.evaluation is not None, "asked for only where the plan evaluates"
+    data = _located(plan.evaluation.data, "evaluation.data", settings)
+    limit = plan.evaluation.max_examples
+    return read_table(data, "evaluation.data", plan.model.labels, limit=limit)
+
+
+def _located(data: DataPlan, field: str, settings: Settings) -> DataPlan:
+    """The same table with its path below the run's root."""
+    if data.path is None:
+        return data
+    path = settings.resolve(data.path, f"{field}.path").absolute()
+    return data.model_copy(update={"path": str(path)})
+
+
+def _rows(table: Table, loaded: LoadedModel, max_tokens: int) -> Rows:
+    padding = loaded.tokenizer.pad_token_id
+    tokens = encode(loaded.tokenizer, table.texts, max_tokens, padding)
+    return Rows(tokens, table.labels, padding, loaded.device, loaded.lower)
+
+
+def _write(loaded: LoadedModel, folder: Path) -> None:
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)

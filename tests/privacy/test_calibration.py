@@ -112,7 +112,8 @@ def test_no_steps_cost_nothing() -> None:
         ((1.0, 1e-5, 0.0, 10), "sampling rate", r"\(0, 1\]"),
         ((1.0, 1e-5, 1.5, 10), "sampling rate", r"\(0, 1\]"),
         ((1.0, 1e-5, 0.1, 0), "steps", "at least 1"),
-        ((1.0, 1e-5, 0.1, -3), "steps", "at least 0"),
+        ((1.0, 1e-5, 0.1, 10**400), "steps", "whole number"),
+        ((1.0, 1e-5, 0.1, -3), "steps", "whole number"),
     ],
 )
 def test_impossible_calibrations_name_field_value_and_remedy(

@@ -65,7 +65,7 @@ def test_a_full_block_shows_its_own_epsilon(
             assert epsilon - Decimal("2e-9") <= shown <= epsilon
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     epsilon=st.decimals("0.3", 20, places=2),
     delta=deltas,

@@ -62,7 +62,9 @@ def test_fractional_orders_bound_the_true_divergence(sigma: float, q: float) -> 
 def test_fractional_orders_are_never_looser_than_dp_accounting(sigma: float, q: float) -> None:
     accountant = RdpAccountant(FRACTIONS)
     accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)))
-    assert (subsampled_gaussian_rdp(sigma, q, 1, FRACTIONS) <= accountant._rdp * (1 + 1e-9)).all()
+    assert (
+        subsampled_gaussian_rdp(sigma, q, 1, FRACTIONS) <= accountant._rdp * (1 + 1e-9) + 2e-15
+    ).all()
 
 
 @pytest.mark.parametrize("order", [1.5, 2.5, 3.5])
@@ -81,7 +83,7 @@ def test_orders_where_the_series_diverges_are_bounded_without_noise_in_the_log(
     assert not caplog.records
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.3, 50), st.floats(1e-6, 1), st.integers(0, 10**6), st.integers(0, 10**6))
 def test_steps_add_up(sigma: float, q: float, first: int, second: int) -> None:
     orders = [2.0, 3.5, 8.0]
@@ -109,7 +111,12 @@ def test_no_steps_cost_nothing() -> None:
 
 
 def test_hopeless_noise_saturates() -> None:
-    assert demand(1e-6, 0.5, 1000, ["2", "64"]) == (MAX_UNITS, MAX_UNITS)
+    for sigma in (1e-6, 1e-7, 1e-200):
+        assert demand(sigma, 0.5, 1000, ["2", "64"]) == (MAX_UNITS, MAX_UNITS)
+
+
+def test_huge_noise_costs_almost_nothing() -> None:
+    assert demand(1e200, 0.5, 1, ["1.5", "2", "64"]) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +129,7 @@ def test_hopeless_noise_saturates() -> None:
         (1.0, 1.1, 1, [2], "sampling rate: 1.1"),
         (1.0, math.nan, 1, [2], "sampling rate: nan"),
         (1.0, 0.1, -1, [2], "steps: -1"),
+        (1.0, 0.1, 10**13, [2], "steps: 10000000000000"),
         (1.0, 0.1, 1, [1], "orders: 1"),
         (1.0, 0.1, 1, [2048], "orders: 2048"),
     ],

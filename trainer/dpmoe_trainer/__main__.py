@@ -30,7 +30,6 @@ from dpmoe_trainer.progress import ProgressBoard, ProgressServer
 from dpmoe_trainer.quiet import keep_offline, print_frames, silence_libraries
 from dpmoe_trainer.report import build_report, describe, encode_report
 
-
 FAULTS_SHOWN = 5
 """Of a plan with more faults than that, the first few are enough to start with."""
 

@@ -127,8 +127,8 @@ class UriTarget:
         scheme, separator, rest = self.name.partition("://")
         if not separator or not rest or "::" in self.name or scheme in ("file", "local"):
             raise BadPlan(
-                f"output.uri: {self.name!r} is not the URI of a store; write scheme://bucket/prefix, "
-                f"and use output.path for a folder"
+                f"output.uri: {self.name!r} is not the URI of a store; write "
+                f"scheme://bucket/prefix, and use output.path for a folder"
             )
         try:
             fsspec.get_filesystem_class(scheme)

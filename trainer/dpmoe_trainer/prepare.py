@@ -7,8 +7,7 @@ of them sees data, so every refusal here costs no privacy, and its text may quot
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpmoe_trainer.contract import ModelPlan, OptimizerName, TrainingPlan
 from dpmoe_trainer.data.rows import Lower
@@ -65,7 +64,7 @@ class LoadedModel:
         size: bytes of its parameters and buffers.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     lower: Lower | None
@@ -104,7 +103,7 @@ def load(plan: TrainingPlan, settings: Settings) -> LoadedModel:
 
 def _load(
     plan: ModelPlan, settings: Settings, seed: int
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if plan.path is not None:
         source = str(settings.resolve(plan.path, "model.path").absolute())
     else:
@@ -127,7 +126,7 @@ def _load(
     )
 
 
-def _check_sizes(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+def _check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
     """A row must not be able to break the run by its length or its words."""
     positions = getattr(model.config, "max_position_embeddings", max_tokens)
     if max_tokens > positions:
@@ -141,10 +140,11 @@ def _check_sizes(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_token
         )
 
 
-def _frozen_part(model: nn.Module) -> Lower | None:
+def _frozen_part(model: PreTrainedModel) -> Lower | None:
     if not hasattr(model, "lower"):
         return None
-    embeddings = model.get_input_embeddings().parameters()
-    if any(parameter.requires_grad for parameter in embeddings):
+    try:
+        frozen_layers = model.first_trainable_layer
+    except ValueError:  # the embeddings are trained
         return None
-    return model.lower
+    return model.lower if frozen_layers else None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpmoe_trainer.contract import BlockPlan, DataPlan, Evaluation, TrainingPlan
-from dpmoe_trainer.data.rows import Rows, encode
+from dpmoe_trainer.data.rows import Lower, Rows, encode
 from dpmoe_trainer.data.tables import Table, read_table
 from dpmoe_trainer.data.units import load_units
 from dpmoe_trainer.dp.noise import NoiseKey, add_noise
@@ -70,10 +70,11 @@ def train(
         raise StopRequested
 
     table, units = load_units(_blocks(plan, settings), plan.model.labels)
-    private_rows = _rows(table, loaded, training.max_tokens)
+    private_rows = _rows(table, loaded, training.max_tokens, loaded.lower)
     public_rows = None
     if plan.evaluation is not None:
-        public_rows = _rows(_evaluation_table(plan, settings), loaded, training.max_tokens)
+        table = _evaluation_table(plan, settings)
+        public_rows = _rows(table, loaded, training.max_tokens, lower=None)
 
     key = NoiseKey()
     updater = Updater(model, training.optimizer, privacy.steps, privacy.expected_batch)
@@ -128,10 +129,10 @@ def _located(data: DataPlan, field: str, settings: Settings) -> DataPlan:
     return data.model_copy(update={"path": str(path)})
 
 
-def _rows(table: Table, loaded: LoadedModel, max_tokens: int) -> Rows:
+def _rows(table: Table, loaded: LoadedModel, max_tokens: int, lower: Lower | None) -> Rows:
     padding = loaded.tokenizer.pad_token_id
     tokens = encode(loaded.tokenizer, table.texts, max_tokens, padding)
-    return Rows(tokens, table.labels, padding, loaded.device, loaded.lower)
+    return Rows(tokens, table.labels, padding, loaded.device, lower)
 
 
 def _write(loaded: LoadedModel, folder: Path) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
+
+T = TypeVar("T")
 
 GROUP = "dpmoe.dev"
 VERSION = "v1alpha1"
@@ -49,8 +51,24 @@ RelativePath = Annotated[
 AbsolutePath = Annotated[
     str, Field(pattern=r"^(/[A-Za-z0-9_.@=+-]+)+$", min_length=2, max_length=512)
 ]
+Uri = Annotated[
+    str,
+    Field(
+        pattern=r"^[a-z][a-z0-9+.-]*://[A-Za-z0-9_.@:=+-]+(/[A-Za-z0-9_.@=+-]+)*/?$",
+        max_length=512,
+    ),
+]
+"""A URI of plain characters: no escape, query or fragment that a client may read its own way."""
+
 ImageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=512)]
-LabelKey = Annotated[str, Field(min_length=1, max_length=317)]
+LabelKey = Annotated[
+    str,
+    Field(
+        pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$",
+        min_length=1,
+        max_length=317,
+    ),
+]
 LabelValue = Annotated[
     str, Field(pattern=r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$", max_length=63)
 ]
@@ -113,6 +131,19 @@ def list_map(*keys: str, max_length: int) -> Any:
             "x-kubernetes-list-map-keys": list(keys),
         },
     )
+
+
+def _refuse_repeats(items: list[T]) -> list[T]:
+    seen: list[T] = []
+    for item in items:
+        if item in seen:
+            raise ValueError(f"must not repeat {item!r}")
+        seen.append(item)
+    return items
+
+
+DISTINCT = AfterValidator(_refuse_repeats)
+"""Refuses a list that repeats an item. Goes with `list_set`, which tells the API server to."""
 
 
 def list_set(*, max_length: int, min_length: int = 0) -> Any:

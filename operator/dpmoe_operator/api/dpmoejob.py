@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dpmoe_operator.api.base import (
+    DISTINCT,
     AbsolutePath,
     ApiModel,
     Conditions,
@@ -27,6 +28,8 @@ from dpmoe_operator.api.base import (
     SpecError,
     StatusModel,
     Timestamp,
+    Uri,
+    decimal,
     exactly_one,
     list_set,
     positive,
@@ -55,15 +58,13 @@ class BlockRequest(ApiModel):
     """
 
     namespace: DnsLabel
-    names: Annotated[list[DnsName], list_set(max_length=256, min_length=1)] | None = None
+    names: Annotated[list[DnsName], list_set(max_length=256, min_length=1), DISTINCT] | None = None
     selector: BlockSelector | None = None
     count: Annotated[int, Field(ge=1, le=256)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         exactly_one("spec.blocks", {"names": self.names, "selector": self.selector})
-        if self.names is not None and len(set(self.names)) != len(self.names):
-            raise SpecError("spec.blocks.names", self.names, "must name each block once")
         if self.names is not None and self.count not in (None, len(self.names)):
             raise SpecError("spec.blocks.count", self.count, "must be absent where names are given")
         return self
@@ -108,7 +109,9 @@ class Upcycle(ApiModel):
     experts: Annotated[int, Field(ge=2, le=256)]
     top_k: Annotated[int, Field(ge=1, le=16)] = 2
     layers: Annotated[
-        list[Annotated[int, Field(ge=0, le=1023)]], list_set(max_length=256, min_length=1)
+        list[Annotated[int, Field(ge=0, le=1023)]],
+        list_set(max_length=256, min_length=1),
+        DISTINCT,
     ]
 
     @model_validator(mode="after")
@@ -128,7 +131,9 @@ class Model(ApiModel):
     hugging_face: HuggingFaceModel | None = None
     upcycle: Upcycle | None = None
     trainable: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=253)]], list_set(max_length=64)
+        list[Annotated[str, Field(min_length=1, max_length=253)]],
+        list_set(max_length=64),
+        DISTINCT,
     ] = []
 
     @model_validator(mode="after")
@@ -153,6 +158,8 @@ class Optimizer(ApiModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         positive("spec.training.optimizer.learningRate", self.learning_rate)
+        if decimal(self.momentum) >= 1:
+            raise SpecError("spec.training.optimizer.momentum", self.momentum, "must be below 1")
         return self
 
 
@@ -192,9 +199,7 @@ class Output(ApiModel):
     """Where the trained model goes."""
 
     claim: OutputClaim | None = None
-    uri: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^\s]+$", max_length=512)] | None = (
-        None
-    )
+    uri: Uri | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -216,11 +221,35 @@ class Resources(ApiModel):
 class Toleration(ApiModel):
     """A Kubernetes toleration."""
 
-    key: Annotated[str, Field(max_length=317)] | None = None
+    key: LabelKey | None = None
     operator: Literal["Exists", "Equal"] = "Equal"
     value: LabelValue | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     toleration_seconds: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        place = "spec.placement.tolerations"
+        if self.operator == "Exists" and self.value:
+            raise SpecError(f"{place}.value", self.value, "must be absent for operator Exists")
+        if self.operator == "Equal" and not self.key:
+            raise SpecError(f"{place}.key", self.key, "must be set for operator Equal")
+        if self.toleration_seconds is not None and self.effect != "NoExecute":
+            raise SpecError(
+                f"{place}.effect", self.effect, "must be NoExecute for tolerationSeconds"
+            )
+        return self
+
+
+_VALUES = {
+    "In": (1, 64),
+    "NotIn": (1, 64),
+    "Exists": (0, 0),
+    "DoesNotExist": (0, 0),
+    "Gt": (1, 1),
+    "Lt": (1, 1),
+}
+"""How many values each operator takes."""
 
 
 class NodeRequirement(ApiModel):
@@ -229,6 +258,17 @@ class NodeRequirement(ApiModel):
     key: LabelKey
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]
     values: Annotated[list[LabelValue], Field(max_length=64)] = []
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        least, most = _VALUES[self.operator]
+        if not least <= len(self.values) <= most:
+            raise SpecError(
+                "spec.placement.nodes.values",
+                self.values,
+                f"must be {least} to {most} values for operator {self.operator}",
+            )
+        return self
 
 
 class Placement(ApiModel):

@@ -24,6 +24,9 @@ from dpmoe_operator.api.base import (
 KIND = "LedgerEntry"
 PLURAL = "ledgerentries"
 
+MAX_RECORDS = 10_000
+MAX_STEPS = 10_000_000
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", max_length=64)]
 AccountName = Annotated[str, Field(min_length=1, max_length=8192)]
 Units = Annotated[int, Field(ge=-9 * 10**15, le=9 * 10**15)]
@@ -68,7 +71,7 @@ class Granted(ApiModel):
     noise_multiplier: Annotated[str, Field(max_length=32)]
     sampling_rate: Annotated[str, Field(max_length=32)]
     clipping_norm: Annotated[str, Field(max_length=32)]
-    steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     image: ImageName
     reports_prove: bool
     charges: Annotated[list[Charge], Field(min_length=1, max_length=256)]
@@ -90,7 +93,7 @@ class Settled(ApiModel):
 
     job: ObjectReference
     outcome: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z]*$", max_length=64)]
-    steps: Annotated[int, Field(ge=0, le=10_000_000)]
+    steps: Annotated[int, Field(ge=0, le=MAX_STEPS)]
     message: Annotated[str, Field(max_length=1024)]
     charges: Annotated[list[Charge], Field(min_length=1, max_length=256)]
 
@@ -118,7 +121,7 @@ class LedgerEntrySpec(ApiModel):
     previous: Sha256
     time: Timestamp
     writer: Annotated[str, Field(min_length=1, max_length=253)]
-    records: Annotated[list[Record], Field(min_length=1, max_length=10_000)]
+    records: Annotated[list[Record], Field(min_length=1, max_length=MAX_RECORDS)]
     digest: Sha256
 
 

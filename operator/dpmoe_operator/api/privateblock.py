@@ -4,12 +4,12 @@ The block's account in the ledger is named by what the data *is* (`DatasetSpec.a
 what the object is called, so that deleting, renaming or re-applying a block never refills it.
 """
 
-import posixpath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dpmoe_operator.api.base import (
+    DISTINCT,
     AbsolutePath,
     ApiModel,
     ColumnName,
@@ -26,6 +26,7 @@ from dpmoe_operator.api.base import (
     SpecError,
     StatusModel,
     Timestamp,
+    Uri,
     decimal,
     exactly_one,
     list_map,
@@ -33,9 +34,13 @@ from dpmoe_operator.api.base import (
     positive,
     refuse_parent_steps,
 )
+from dpmoe_operator.api.identity import DataIdentity
 
 KIND = "PrivateBlock"
 PLURAL = "privateblocks"
+
+MAX_ACCOUNT_NAME = 1024
+"""Plans and ledger entries carry the account's name, escaped, once for every block."""
 
 HuggingFaceId = Annotated[
     str,
@@ -63,12 +68,16 @@ class Partition(ApiModel):
 
     column: ColumnName
     values: Annotated[
-        list[Annotated[str, Field(max_length=253)]], list_set(max_length=64, min_length=1)
+        list[Annotated[str, Field(max_length=253)]],
+        list_set(max_length=64, min_length=1),
+        DISTINCT,
     ]
 
 
 class Table(ApiModel):
     """A table of labelled text."""
+
+    _place: ClassVar[str] = "spec.evaluation"
 
     path: AbsolutePath | None = None
     claim: ClaimSource | None = None
@@ -80,36 +89,39 @@ class Table(ApiModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        place = self._place
         exactly_one(
-            "spec.dataset",
-            {"path": self.path, "claim": self.claim, "huggingFace": self.hugging_face},
+            place, {"path": self.path, "claim": self.claim, "huggingFace": self.hugging_face}
         )
-        refuse_parent_steps("spec.dataset.path", [self.path])
-        refuse_parent_steps("spec.dataset.claim.path", [self.claim.path if self.claim else None])
+        refuse_parent_steps(f"{place}.path", [self.path])
+        refuse_parent_steps(f"{place}.claim.path", [self.claim.path if self.claim else None])
         if self.hugging_face is None and self.format is None:
-            raise SpecError("spec.dataset.format", "absent", "must be csv, tsv, jsonl or parquet")
+            raise SpecError(f"{place}.format", "absent", "must be csv, tsv, jsonl or parquet")
         return self
 
-    def account(self, namespace: str) -> str:
-        """The identity of the data, as a readable name: the key of its account in the ledger.
+    def identity(self, namespace: str) -> DataIdentity:
+        """What the data is.
 
         Format, columns' roles and revision are left out on purpose: reading the same rows another
-        way is reading the same rows.
+        way is reading the same rows. The hub's ids don't tell upper from lower case.
 
         Args:
             namespace: the block's namespace, which scopes a volume claim.
         """
         if self.claim is not None:
-            path = posixpath.normpath(self.claim.path)
-            base = f"claim://{namespace}/{self.claim.claim_name}/{path}"
+            base = f"claim://{namespace}/{self.claim.claim_name}/{self.claim.path}"
         elif self.path is not None:
-            base = f"path://{posixpath.normpath(self.path)}"
+            base = f"path://{self.path}"
         else:
             assert self.hugging_face is not None
-            base = f"huggingface://{self.hugging_face.id}/{self.hugging_face.split}"
+            base = f"huggingface://{self.hugging_face.id.lower()}@{self.hugging_face.split}"
         if self.partition is None:
-            return base
-        return f"{base}?{self.partition.column}={','.join(sorted(self.partition.values))}"
+            return DataIdentity(base)
+        return DataIdentity(base, self.partition.column, frozenset(self.partition.values))
+
+    def account(self, namespace: str) -> str:
+        """The identity as a readable name: the key of the data's account in the ledger."""
+        return str(self.identity(namespace))
 
 
 class Dataset(Table):
@@ -120,6 +132,8 @@ class Dataset(Table):
         units: the owner's public count of privacy units. Sampling rates are computed from it; the
             guarantee holds whatever the true count is, since sampling is independent per unit.
     """
+
+    _place: ClassVar[str] = "spec.dataset"
 
     labels: Annotated[int, Field(ge=2, le=1000)] = 2
     units: Annotated[int, Field(ge=1, le=10_000_000_000)]
@@ -145,7 +159,9 @@ class Budget(ApiModel):
 
     epsilon: EpsilonString
     delta: DeltaString
-    orders: Annotated[list[DecimalString], list_set(max_length=64, min_length=1)] | None = None
+    orders: (
+        Annotated[list[DecimalString], list_set(max_length=64, min_length=1), DISTINCT] | None
+    ) = None
     conversion: Literal["classic", "tight"] = "tight"
 
     @model_validator(mode="after")
@@ -187,15 +203,16 @@ class OutputGrant(ApiModel):
     """A place that results may go to: a claim in the block's namespace, or URIs with a prefix."""
 
     claim_name: DnsName | None = None
-    uri_prefix: (
-        Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^\s]+/$", max_length=512)] | None
-    ) = None
+    uri_prefix: Uri | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         exactly_one(
             "spec.access.outputs", {"claimName": self.claim_name, "uriPrefix": self.uri_prefix}
         )
+        if self.uri_prefix is not None and not self.uri_prefix.endswith("/"):
+            raise SpecError("spec.access.outputs.uriPrefix", self.uri_prefix, "must end with '/'")
+        refuse_parent_steps("spec.access.outputs.uriPrefix", [self.uri_prefix])
         return self
 
 
@@ -212,8 +229,8 @@ class Access(ApiModel):
 
     namespace: DnsLabel
     max_epsilon: EpsilonString | None = None
-    images: Annotated[list[ImageName], list_set(max_length=32)] = []
-    models: Annotated[list[DnsName], list_set(max_length=32)] = []
+    images: Annotated[list[ImageName], list_set(max_length=32), DISTINCT] = []
+    models: Annotated[list[DnsName], list_set(max_length=32), DISTINCT] = []
     outputs: Annotated[list[OutputGrant], Field(max_length=32)] = []
 
     @model_validator(mode="after")
@@ -234,11 +251,20 @@ class PrivateBlockSpec(ApiModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.evaluation is not None and self.evaluation.account("") == self.dataset.account(""):
+        private = self.dataset.identity("")
+        if self.evaluation is not None and self.evaluation.identity("").shares_rows(private):
             raise SpecError(
                 "spec.evaluation",
                 self.evaluation.account(""),
-                "must not be the private table itself: scores on it would be released uncounted",
+                "must share no row with the private table, since scores on it are released"
+                " uncounted; name another file, or other values of the dataset's partition column",
+            )
+        name = self.dataset.account("n" * 63)
+        if len(name) > MAX_ACCOUNT_NAME:
+            raise SpecError(
+                "spec.dataset.partition.values",
+                f"{len(name)} characters with the data's name",
+                f"must be at most {MAX_ACCOUNT_NAME}; name fewer or shorter values",
             )
         if decimal(self.budget.delta) * self.dataset.units >= 1:
             raise SpecError(

@@ -1,4 +1,4 @@
-"""`dpmoe crds`: writes the CustomResourceDefinitions, generated from the models."""
+"""`dpmoe crds`: the CustomResourceDefinitions, generated from the models."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,14 +22,27 @@ def render() -> dict[str, str]:
 
 def crds(
     output: Annotated[
-        Path | None, typer.Option(help="Folder to write to; without it they are printed.")
+        list[Path] | None, typer.Option(help="Folder to write to; may be repeated.")
+    ] = None,
+    check: Annotated[
+        list[Path] | None, typer.Option(help="Folder that must be up to date; may be repeated.")
     ] = None,
 ) -> None:
-    """Print or write the CustomResourceDefinitions."""
+    """Print the CustomResourceDefinitions, write them, or check written ones."""
     with user_errors():
-        if output is None:
+        for folder in output or []:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in render().items():
+                (folder / name).write_text(text)
+        for folder in check or []:
+            _check(folder)
+        if not output and not check:
             typer.echo("---\n".join(render().values()), nl=False)
-            return
-        output.mkdir(parents=True, exist_ok=True)
-        for name, text in render().items():
-            (output / name).write_text(text)
+
+
+def _check(folder: Path) -> None:
+    expected = render()
+    there = {path.name: path.read_text() for path in folder.glob("*.yaml")}
+    if there != expected:
+        stale = sorted(n for n in there.keys() | expected if there.get(n) != expected.get(n))
+        raise ValueError(f"{folder}: {', '.join(stale)}: not what the models say; run `make crds`")

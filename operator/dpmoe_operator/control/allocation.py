@@ -192,7 +192,7 @@ class _Table:
         self.snapshot, self.tasks, self.unlocked = snapshot, tasks, unlocked
         names = sorted({name for task in tasks for name in task.demand})
         self.accounts = [snapshot.ledger.accounts[name] for name in names]
-        self.orders = sorted({order for a in self.accounts for order in a.opened.orders}, key=float)
+        self.orders = sorted({Decimal(o) for a in self.accounts for o in a.opened.orders})
         self.row_of = {name: i for i, name in enumerate(names)}
         self.caps: list[tuple[Account, str, str]] = []
         self._cap_rows: dict[tuple[str, str], int] = {}
@@ -260,14 +260,14 @@ class _Table:
 
     def _spread(self, account: Account, amounts: Sequence[int], absent: int) -> list[int]:
         """Amounts on an account's orders, laid out on the orders of the round, saturated."""
-        at = dict(zip(account.opened.orders, amounts, strict=True))
+        at = dict(zip(map(Decimal, account.opened.orders), amounts, strict=True))
         return [min(at.get(order, absent), MAX_UNITS) for order in self.orders]
 
     def _demand(self, task: Planned) -> list[int]:
-        at: dict[str, int] = {}
+        at: dict[Decimal, int] = {}
         for name, amounts in task.demand.items():
             orders = self.snapshot.ledger.accounts[name].opened.orders
-            at.update(zip(orders, amounts, strict=True))
+            at.update(zip(map(Decimal, orders), amounts, strict=True))
         return [at.get(order, MAX_UNITS) for order in self.orders]
 
 

@@ -89,8 +89,10 @@ def plan_job(
         access = _check_access(job, chosen, settings)
         _check_blocks(job.spec, chosen)
         plan = _plan(job, job.spec, chosen)
-    except (SpecError, CalibrationError) as error:
+    except SpecError as error:
         raise Refusal(Reason.INVALID_SPEC, str(error)) from error
+    except CalibrationError as error:
+        raise Refusal(Reason.INVALID_SPEC, f"spec.privacy: {error}") from error
     mechanism = plan.privacy
     return Planned(
         job=job,

@@ -17,10 +17,10 @@ from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.accounts import Standing
 from dpmoe_operator.control.settlement import read_report
 from dpmoe_operator.control.views import JobView, Snapshot, WorkloadView, format_time
-from dpmoe_operator.ledger.fold import Account, Grant
+from dpmoe_operator.ledger.fold import Account, Grant, minus
 from dpmoe_operator.privacy.calibration import epsilon_for
-from dpmoe_operator.privacy.capacity import epsilon_of
-from dpmoe_operator.privacy.units import format_epsilon, spend_units
+from dpmoe_operator.privacy.capacity import conversion_cost, epsilon_of
+from dpmoe_operator.privacy.units import NANO, capacity_units, format_epsilon, spend_units
 from dpmoe_trainer.contract import TrainingReport
 
 State = Literal["Pending", "Rejected", "Reserved", "Running", "Completed", "Failed", "Suspended"]
@@ -56,25 +56,20 @@ def epsilon_text(account: Account, amounts: Sequence[int]) -> str:
 
 
 def available_epsilon(account: Account, unlocked: Sequence[int]) -> str:
-    """The ε that one more job could still get: budget minus what is promised, as guarantees."""
+    """The ε, at the account's δ, that no job that still fits can exceed; all of it when unspent.
+
+    A job that fits at order α has an ε of at most what is left there plus what the conversion
+    costs there.
+    """
     opened = account.opened
-    delta = Decimal(opened.delta)
-    total = epsilon_of(account.spending.total, delta, opened.orders, opened.conversion)
-    ceiling = _ceiling(account, unlocked)
-    left = max(ceiling - (total or Decimal(0)), Decimal(0)) if total is not None else Decimal(0)
-    return format_epsilon(int(left * 10**9))
-
-
-def _ceiling(account: Account, unlocked: Sequence[int]) -> Decimal:
-    """ε of the unlocked part: all of it once everything is unlocked."""
-    capacity = account.capacity
-    epsilon = Decimal(account.opened.epsilon)
-    shares = [
-        Decimal(have) / Decimal(all_)
-        for have, all_ in zip(unlocked, capacity, strict=True)
-        if all_ > 0
+    bounds = [
+        Decimal(left) / NANO
+        + conversion_cost(Decimal(order), Decimal(opened.delta), opened.conversion)
+        for order, left in zip(opened.orders, minus(unlocked, account.spending.total), strict=True)
+        if left > 0
     ]
-    return epsilon * max(shares, default=Decimal(0))
+    epsilon = min(max(bounds, default=Decimal(0)), Decimal(opened.epsilon))
+    return format_epsilon(capacity_units(epsilon))
 
 
 def used_share(account: Account) -> float:

@@ -173,7 +173,7 @@ class Applier:
             "apiVersion": "events.k8s.io/v1",
             "kind": "Event",
             "metadata": {
-                "generateName": f"{action.name[:200]}.",
+                "generateName": f"{action.name[:200]}-",
                 "namespace": action.namespace,
             },
             "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),

@@ -9,31 +9,19 @@ preconditions, subresources, and whether a failed write may have happened after 
 - Writes are strict: a field that the server's schema does not know is an error. An operator newer
   than its CRDs is refused, where otherwise the server would drop the field and keep the rest.
 - Every request has a timeout, and a watch that falls silent ends with an error.
-- Neither credentials nor bodies are ever logged.
 """
 
 import asyncio
 import json
 import logging
 import random
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, Literal, Self
 
-import aiohttp
-
-from dpmoe_operator.kube.config import Access, ConfigError
-from dpmoe_operator.kube.errors import (
-    ApiError,
-    Gone,
-    OutcomeUnknown,
-    Unauthorized,
-    Unreachable,
-    from_answer,
-    from_status,
-)
+from dpmoe_operator.kube.config import Access
+from dpmoe_operator.kube.errors import ApiError, Gone, Unreachable, from_status
 from dpmoe_operator.kube.resources import PODS, Resource
+from dpmoe_operator.kube.transport import FIELD_MANAGER, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +38,10 @@ _PATCH_TYPES: dict[str, str] = {
     "json": "application/json-patch+json",
     "strategic": "application/strategic-merge-patch+json",
 }
-_FIELD_MANAGER = "dpmoe"
+_WRITE_PARAMS = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"}
 _PAGE_SIZE = 500
-_CREDENTIALS_SECONDS = 30.0
 _RETRY_BASE_SECONDS = 0.2
 _RETRY_MAX_SECONDS = 10.0
-_MAX_ERROR_BYTES = 65536
 
 
 class KubeClient:
@@ -76,7 +62,7 @@ class KubeClient:
         *,
         timeout_seconds: float = 30.0,
         read_attempts: int = 5,
-        sleep: Callable[[float], Any] = asyncio.sleep,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ):
         """Opens nothing yet.
 
@@ -86,23 +72,17 @@ class KubeClient:
             read_attempts: how often a read is tried in all.
             sleep: waits between tries; tests put their own.
         """
-        self.access = access
+        self._transport = Transport(access, timeout_seconds)
         self._timeout = timeout_seconds
         self._read_attempts = read_attempts
         self._sleep = sleep
-        self._session: aiohttp.ClientSession | None = None
-        self._authorization: str | None = None
-        self._authorization_time = -float("inf")
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            headers={"User-Agent": _FIELD_MANAGER, "Accept": "application/json"}
-        )
+        await self._transport.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._session is not None
-        await self._session.close()
+        await self._transport.close()
 
     async def get(self, resource: Resource, namespace: str | None, name: str) -> Object:
         """Reads one object, as the server's storage has it now."""
@@ -170,8 +150,8 @@ class KubeClient:
     ) -> Object:
         """Changes parts of an object.
 
-        A merge patch that holds `metadata.uid` or `metadata.resourceVersion` raises `Conflict`
-        where the object's differ.
+        A merge patch that holds `metadata.resourceVersion` raises `Conflict` where the object's
+        differs, and one that holds `metadata.uid` raises `Invalid`.
         """
         path = resource.path(namespace, name, subresource)
         return await self._object("PATCH", path, body, _WRITE_PARAMS, _PATCH_TYPES[patch_type])
@@ -230,7 +210,9 @@ class KubeClient:
         if previous:
             params["previous"] = "true"
         silence = None if follow else self._timeout
-        async with self._stream(PODS.path(namespace, name, "log"), params, silence) as lines:
+        async with self._transport.stream(
+            PODS.path(namespace, name, "log"), params, silence
+        ) as lines:
             async for line in lines:
                 yield line.decode(errors="replace")
 
@@ -269,12 +251,15 @@ class KubeClient:
         }
         if resource_version is not None:
             params["resourceVersion"] = resource_version
-        async with self._stream(resource.path(namespace), params, silence_seconds) as lines:
+        async with self._transport.stream(
+            resource.path(namespace), params, silence_seconds
+        ) as lines:
             async for line in lines:
                 try:
                     event = json.loads(line)
                 except ValueError as error:
-                    raise self._unreachable(f"a watch's event is no JSON: {error}") from None
+                    problem = f"a watch's event is no JSON: {error}"
+                    raise self._transport.unreachable(problem) from None
                 if event["type"] == "ERROR":
                     raise from_status(event["object"])
                 yield event["type"], event["object"]
@@ -289,7 +274,7 @@ class KubeClient:
     ) -> Object:
         answer = await self.raw(method, path, body, params, content_type)
         if not isinstance(answer, dict):
-            raise self._unreachable("the answer is no API object", unsure=method != "GET")
+            raise self._transport.unreachable("the answer is no API object", unsure=method != "GET")
         return answer
 
     async def raw(
@@ -308,7 +293,7 @@ class KubeClient:
         attempts = self._read_attempts if method == "GET" else 1
         for attempt in range(1, attempts + 1):
             try:
-                return await self._request(method, path, body, params, content_type)
+                return await self._transport.request(method, path, body, params, content_type)
             except ApiError as error:
                 busy = isinstance(error, Unreachable) or error.status == 429
                 if not busy or attempt == attempts:
@@ -317,109 +302,6 @@ class KubeClient:
                 logger.info("%s %s failed (%s), again in %.1f s", method, path, error, delay)
                 await self._sleep(delay)
         raise AssertionError("the loop returns or raises")
-
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        body: Any,
-        params: Mapping[str, str] | None,
-        content_type: str,
-    ) -> Any:
-        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        headers = {"Content-Type": content_type} if data is not None else {}
-        limits = aiohttp.ClientTimeout(total=self._timeout)
-        async with self._send(method, path, params, data, headers, limits) as response:
-            content = await response.read()
-            if response.content_type != "application/json":
-                return content.decode(errors="replace")
-            try:
-                return json.loads(content)
-            except ValueError as error:
-                problem = f"the answer is no JSON: {error}"
-                raise self._unreachable(problem, unsure=method != "GET") from None
-
-    @asynccontextmanager
-    async def _stream(
-        self, path: str, params: Mapping[str, str], silence_seconds: float | None
-    ) -> AsyncIterator[AsyncIterator[bytes]]:
-        limits = aiohttp.ClientTimeout(
-            total=None, sock_connect=self._timeout, sock_read=silence_seconds
-        )
-        async with self._send("GET", path, params, None, {}, limits) as response:
-            yield _lines(response.content)
-
-    @asynccontextmanager
-    async def _send(
-        self,
-        method: str,
-        path: str,
-        params: Mapping[str, str] | None,
-        data: bytes | None,
-        headers: dict[str, str],
-        limits: aiohttp.ClientTimeout,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A request that got a good answer; everything else leaves as an `ApiError`."""
-        assert self._session is not None, "use the client as an async context manager"
-        try:
-            for fresh in (False, True):
-                authorization = await self._current_authorization(fresh)
-                if authorization is not None:
-                    headers = headers | {"Authorization": authorization}
-                async with self._session.request(
-                    method,
-                    self.access.server + path,
-                    params=params,
-                    data=data,
-                    headers=headers,
-                    timeout=limits,
-                    ssl=self.access.ssl or True,
-                    server_hostname=self.access.server_hostname,
-                    proxy=self.access.proxy,
-                    allow_redirects=False,
-                ) as response:
-                    if response.status < 300:
-                        yield response
-                        return
-                    error = await _error(method, path, response)
-                    # Who is not let in has done nothing yet, so any request may be sent again.
-                    if fresh or not isinstance(error, Unauthorized):
-                        raise error
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise self._unreachable(_connect_problem(error)) from error
-        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            problem = str(error) or f"no answer ({type(error).__name__})"
-            raise self._unreachable(problem, unsure=method != "GET") from error
-
-    def _unreachable(self, problem: str, unsure: bool = False) -> Unreachable:
-        """`unsure`: a write was sent, and it may have happened."""
-        kind = OutcomeUnknown if unsure else Unreachable
-        outcome = "; whether the change happened is unknown" if unsure else ""
-        return kind(
-            0,
-            kind.__name__,
-            f"the API server {self.access.server} can't be reached: {problem}{outcome}. "
-            f"Check that it runs and that {self.access.source} names it",
-        )
-
-    async def _current_authorization(self, fresh: bool) -> str | None:
-        """The Authorization header; reads the credentials again when told to or in half a minute.
-
-        Reading them may run a program of the user's, hence the thread.
-        """
-        now = time.monotonic()
-        if fresh or now - self._authorization_time > _CREDENTIALS_SECONDS:
-            try:
-                if fresh:
-                    self.access = await asyncio.to_thread(self.access.reload)
-                self._authorization = await asyncio.to_thread(self.access.authorization)
-            except (ConfigError, OSError) as error:
-                raise Unauthorized(0, "Unauthorized", str(error)) from error
-            self._authorization_time = now
-        return self._authorization
-
-
-_WRITE_PARAMS = {"fieldManager": _FIELD_MANAGER, "fieldValidation": "Strict"}
 
 
 def _selectors(label_selector: str | None, field_selector: str | None) -> dict[str, str]:
@@ -432,33 +314,3 @@ def _retry_delay(attempt: int, retry_after: float | None) -> float:
     ceiling = min(_RETRY_MAX_SECONDS, _RETRY_BASE_SECONDS * 2**attempt)
     jittered = random.uniform(ceiling / 2, ceiling)
     return max(jittered, min(retry_after or 0.0, _RETRY_MAX_SECONDS))
-
-
-def _connect_problem(error: Exception) -> str:
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return f"its certificate is not trusted ({error.certificate_error})"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return str(error.os_error.strerror or error.os_error)
-    return "connecting takes too long"
-
-
-async def _error(method: str, path: str, response: aiohttp.ClientResponse) -> ApiError:
-    body = await response.content.read(_MAX_ERROR_BYTES)
-    waits = response.headers.get("Retry-After", "")
-    retry_after = float(waits) if waits.isdigit() else None
-    return from_answer(method, path, response.status, body, retry_after)
-
-
-async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """Splits a stream into lines of any length; the stream's own reader has a limit of 128 KiB."""
-    parts: list[bytes] = []
-    async for chunk in content.iter_any():
-        *complete, rest = chunk.split(b"\n")
-        for line in complete:
-            parts.append(line)
-            yield b"".join(parts)
-            parts = []
-        if rest:
-            parts.append(rest)
-    if parts:
-        yield b"".join(parts)

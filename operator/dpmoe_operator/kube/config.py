@@ -35,7 +35,8 @@ class Access:
     """How to reach one API server.
 
     Attributes:
-        server: its URL, without a trailing slash.
+        server: its URL, without a trailing slash. The embedded server's carries a token in its
+            path, so show `address` to people.
         source: where this came from, for messages: a file's path, or "the pod's service account".
         namespace: what the context names as its namespace, else "default".
         ssl: how to check the server and which certificate to show; `None` for plain HTTP.
@@ -46,7 +47,7 @@ class Access:
         reload: reads the configuration again, for when the server no longer takes the credentials.
     """
 
-    server: str
+    server: str = field(repr=False)
     source: str
     namespace: str
     ssl: ssl.SSLContext | None
@@ -54,6 +55,12 @@ class Access:
     proxy: str | None
     authorization: Callable[[], str | None] = field(repr=False)
     reload: Callable[[], "Access"] = field(repr=False)
+
+    @property
+    def address(self) -> str:
+        """The server's scheme, host and port: nothing secret."""
+        parts = urlsplit(self.server)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def load_access(kubeconfig: str | Path | None = None, context: str | None = None) -> Access:

@@ -99,6 +99,9 @@ class RoundLoop:
         for records in in_entries(decision.records):
             entry = await self._ledger.append(records, time=_precise(now))
             logger.info("%s: %s", entry, _summary(records))
+        if any(record.account_opened for record in decision.records):
+            # Jobs could not ask for these accounts yet; what people read can wait for that.
+            return True
         actions = await asyncio.to_thread(react, snapshot, decision, self._settings)
         await self._applier.apply(actions)
         self._forget()

@@ -82,12 +82,13 @@ class Picture:
         job_uid = _job_of(manifest)
         if job_uid is None:
             return
+        known = self._workloads.get(job_uid)
+        same = known is not None and known["metadata"]["uid"] == manifest["metadata"]["uid"]
         if event == "DELETED":
-            known = self._workloads.get(job_uid)
-            if known is not None and known["metadata"]["uid"] == manifest["metadata"]["uid"]:
+            if same:
                 del self._workloads[job_uid]
                 self.prepared.discard(job_uid)
-        else:
+        elif known is None or not same or _version(known) < _version(manifest):
             self._workloads[job_uid] = manifest
         self.changed.set()
 
@@ -102,7 +103,7 @@ class Picture:
         if job_uid is None:
             return
         pods = self._pods.setdefault(job_uid, {})
-        version = int(meta.get("resourceVersion") or 0)
+        version = _version(manifest)
         view = PodView.of(manifest, gone=event == "DELETED")
         known = pods.get(meta["uid"])
         if event == "DELETED":
@@ -221,6 +222,11 @@ def _job_of(manifest: Object) -> str | None:
     except (KeyError, ValueError):
         return None
     return job.uid if meta["name"] == workload_name(job) else None
+
+
+def _version(manifest: Object) -> int:
+    """Resource versions grow as numbers, which Kubernetes guarantees since 1.35."""
+    return int(manifest["metadata"].get("resourceVersion") or 0)
 
 
 def _decisive(view: BlockView | JobView) -> tuple[object, ...]:

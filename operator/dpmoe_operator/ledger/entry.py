@@ -11,7 +11,7 @@ from typing import Any
 
 from dpmoe_operator.api import ledgerentry
 from dpmoe_operator.api.base import API_VERSION, SpecError, parse
-from dpmoe_operator.api.ledgerentry import LedgerEntrySpec, Record
+from dpmoe_operator.api.ledgerentry import MAX_RECORDS, LedgerEntrySpec, Record
 
 GENESIS = "0" * 64
 """The digest that stands before the first entry."""
@@ -37,7 +37,8 @@ def digest_of(spec: Mapping[str, Any]) -> str:
     """SHA-256 over the canonical JSON of an entry's spec without its own digest."""
     content = {key: value for key, value in spec.items() if key != "digest"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    # A lone surrogate has no UTF-8; it must break the digest, not the verification.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def seal(
@@ -84,8 +85,9 @@ def open_entry(manifest: Mapping[str, Any], *, sequence: int, previous: str) -> 
     Raises:
         LedgerError: name, sequence, predecessor, digest or schema is wrong.
     """
-    name = manifest.get("metadata", {}).get("name", "?")
     expected = entry_name(sequence)
+    metadata = manifest.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, Mapping) else None
     if name != expected:
         raise LedgerError(expected, f"missing: the next entry in the log is {name}")
     spec = manifest.get("spec")
@@ -112,8 +114,8 @@ def in_entries(records: Sequence[Record]) -> Iterator[list[Record]]:
     batch: list[Record] = []
     size = 0
     for record in records:
-        length = len(record.model_dump_json(by_alias=True, exclude_none=True))
-        if batch and (size + length > MAX_ENTRY_BYTES or len(batch) == 10_000):
+        length = len(record.model_dump_json(by_alias=True, exclude_none=True).encode())
+        if batch and (size + length > MAX_ENTRY_BYTES or len(batch) == MAX_RECORDS):
             yield batch
             batch, size = [], 0
         batch.append(record)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from dpmoe_operator.api.ledgerentry import Record
-from dpmoe_operator.ledger.entry import entry_name, seal, to_manifest
+from dpmoe_operator.ledger.entry import entry_name, open_entry, seal, to_manifest
 from dpmoe_operator.ledger.fold import LedgerState, fold
 
 ATTEMPTS = 5
@@ -85,6 +85,8 @@ class Ledger:
             records=records,
         )
         manifest = to_manifest(spec, self._namespace)
+        # What this writer could not read back would end the log for everybody.
+        open_entry(manifest, sequence=self.state.sequence, previous=self.state.head)
         if await self._create(manifest):
             self.state.apply(manifest)
             return entry_name(spec["sequence"])

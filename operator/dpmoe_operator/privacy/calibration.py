@@ -19,7 +19,7 @@ from functools import lru_cache
 from dp_accounting.rdp.rdp_privacy_accountant import DEFAULT_RDP_ORDERS
 
 from dpmoe_operator.privacy.capacity import conversion_cost
-from dpmoe_operator.privacy.mechanisms import step_rdp
+from dpmoe_operator.privacy.mechanisms import MAX_STEPS, step_rdp
 
 MIN_NOISE_MULTIPLIER = 0.01
 MAX_NOISE_MULTIPLIER = 1000.0
@@ -114,8 +114,8 @@ def _check_run(delta: float, sampling_rate: float, steps: int) -> None:
         raise CalibrationError("delta", delta, "must lie strictly between 0 and 1")
     if not 0 < sampling_rate <= 1:
         raise CalibrationError("sampling rate", sampling_rate, "must lie in (0, 1]")
-    if steps != int(steps) or steps < 0:
-        raise CalibrationError("steps", steps, "must be a whole number, at least 0")
+    if not 0 <= steps <= MAX_STEPS or steps != int(steps):
+        raise CalibrationError("steps", steps, f"must be a whole number in [0, {MAX_STEPS}]")
 
 
 def _epsilon(sigma: float, delta: float, sampling_rate: float, steps: int) -> float:

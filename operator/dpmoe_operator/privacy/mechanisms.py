@@ -32,6 +32,11 @@ from dpmoe_operator.privacy.units import spend_units
 _ABSOLUTE_ERROR = 1e-15
 _RELATIVE_ERROR = 1e-12
 
+# Below, a step's cost overflows, and no bound is known; above, noise can only help.
+_LEAST_SIGMA, _MOST_SIGMA = 1e-6, 1e6
+
+MAX_STEPS = 10**12
+
 # A fractional order that doesn't converge is bounded here by its chord, so nobody has to be told.
 logging.getLogger("absl").addFilter(
     lambda record: "_compute_log_a_frac failed to converge" not in str(record.msg)
@@ -46,7 +51,7 @@ def subsampled_gaussian_rdp(
     Args:
         noise_multiplier: σ, noise standard deviation over clipping norm; > 0.
         sampling_rate: q, probability that a privacy unit is in a step's batch; in (0, 1].
-        steps: Number of steps T ≥ 0.
+        steps: Number of steps T in [0, 10¹²].
         orders: Rényi orders α in (1, 1024].
 
     Returns:
@@ -62,8 +67,8 @@ def subsampled_gaussian_rdp(
         raise ValueError(f"noise multiplier: {noise_multiplier} must be finite and above 0.")
     if not 0 < sampling_rate <= 1:
         raise ValueError(f"sampling rate: {sampling_rate} must lie in (0, 1].")
-    if steps != int(steps) or steps < 0:
-        raise ValueError(f"steps: {steps} must be a whole number, at least 0.")
+    if not 0 <= steps <= MAX_STEPS or steps != int(steps):
+        raise ValueError(f"steps: {steps} must be a whole number in [0, {MAX_STEPS}].")
     alphas = as_floats(orders)
     if steps == 0:  # Apart, since 0 · ∞ is not a number.
         return np.zeros(len(alphas))
@@ -80,6 +85,9 @@ def demand(
 
 def step_rdp(sigma: float, q: float, alphas: tuple[float, ...]) -> tuple[float, ...]:
     """The curve of one step, its rounding errors paid for; arguments as checked above."""
+    if sigma < _LEAST_SIGMA:
+        return (math.inf,) * len(alphas)
+    sigma = min(sigma, _MOST_SIGMA)
     neighbours = {float(side) for a in alphas for side in (math.floor(a), math.ceil(a))}
     evaluated = tuple(sorted({*alphas, *neighbours} - {1.0}))
     rdp = dict(zip(evaluated, _dp_accounting_rdp(sigma, q, evaluated), strict=True))

@@ -1,0 +1,1 @@
+"""Private tables as rows, privacy units and physical batches."""

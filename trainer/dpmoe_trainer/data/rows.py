@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dpmoe_trainer.dp.sampling import physical_batches
+
 Batch = dict[str, Tensor]
 """`attention_mask` [B, T], `labels` [B], and `input_ids` [B, T] or `hidden_states` [B, T, D]."""
 
@@ -64,6 +66,7 @@ class Rows:
     ) -> None:
         assert len(tokens) == len(labels), "every row has a label"
         self._tokens = tokens
+        self._lengths = np.array([len(row) for row in tokens])
         self._labels = torch.tensor(labels, dtype=torch.long)
         self._padding = padding
         self._device = device
@@ -75,10 +78,9 @@ class Rows:
         return len(self._tokens)
 
     def physical_batches(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
-        """Splits rows into batches of at most `size`, alike in length so that little is padded."""
-        ordered = sorted(rows, key=lambda row: len(self._tokens[row]))
-        for start in range(0, len(ordered), size):
-            yield self.batch(ordered[start : start + size])
+        """Batches of at most `size` rows, alike in length so that little is padded."""
+        for chosen in physical_batches(np.array(rows, dtype=np.int64), size, self._lengths):
+            yield self.batch(chosen.tolist())
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """One batch of the given rows, which must not be empty."""
@@ -90,18 +92,15 @@ class Rows:
             return batch | {"input_ids": self._input_ids(rows)}
         return batch | {"hidden_states": self._hidden_states(rows, self._lower)}
 
-    def _longest(self, rows: Sequence[int]) -> int:
-        return max(len(self._tokens[row]) for row in rows)
-
     def _attention_mask(self, rows: Sequence[int]) -> Tensor:
-        lengths = torch.tensor([len(self._tokens[row]) for row in rows])
-        mask = torch.arange(self._longest(rows)) < lengths[:, None]
+        lengths = torch.from_numpy(self._lengths[list(rows)])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
         return mask.long().to(self._device)
 
     def _input_ids(self, rows: Sequence[int]) -> Tensor:
-        ids = torch.full((len(rows), self._longest(rows)), self._padding)
+        ids = torch.full((len(rows), int(self._lengths[list(rows)].max())), self._padding)
         for position, row in enumerate(rows):
-            ids[position, : len(self._tokens[row])] = torch.from_numpy(self._tokens[row])
+            ids[position, : self._lengths[row]] = torch.from_numpy(self._tokens[row])
         return ids.to(self._device)
 
     def _hidden_states(self, rows: Sequence[int], lower: Lower) -> Tensor:
@@ -113,7 +112,7 @@ class Rows:
             if self._hidden_bytes < CACHE_BYTES:
                 self._hidden[row] = hidden
                 self._hidden_bytes += hidden.nbytes
-        batch = torch.zeros(len(rows), self._longest(rows), known[0].shape[1])
+        batch = torch.zeros(len(rows), int(self._lengths[list(rows)].max()), known[0].shape[1])
         for position, hidden in enumerate(known):
             batch[position, : len(hidden)] = hidden
         return batch.to(self._device)
@@ -124,7 +123,7 @@ class Rows:
         outputs = lower(self._input_ids(rows), self._attention_mask(rows)).cpu()
         kept = []
         for row, output in zip(rows, outputs, strict=True):
-            exact = output[: len(self._tokens[row])].float()
+            exact = output[: self._lengths[row]].float()
             half = exact.half()
             kept.append(half if half.isfinite().all() else exact.clone())
         return kept

@@ -8,6 +8,7 @@ loss, one sample at a time. A model that couples samples, or mixes their rows, c
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def _own_gradients(
 
 def _made_up_batch(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    config = model.config
+    config: Any = model.config
     shape = (_SAMPLES, _TOKENS)
     ids = torch.randint(config.vocab_size, shape, generator=generator)
     mask = torch.ones(shape, dtype=torch.long)

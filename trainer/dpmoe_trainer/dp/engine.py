@@ -161,7 +161,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _own_experts(model: nn.Module) -> Iterator[None]:
     """Has the model's experts run `dp.rules.experts`, and then what they ran before."""
     # One attribute that transformers' decorator for experts modules sets, and nothing else has.
-    experts = [module for module in model.modules() if hasattr(module, "has_post_expert_norm")]
+    experts: list[Any] = [m for m in model.modules() if hasattr(m, "has_post_expert_norm")]
     before = [(module.config, module.config._experts_implementation) for module in experts]
     try:
         for config, _ in before:

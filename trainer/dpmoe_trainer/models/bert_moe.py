@@ -79,9 +79,7 @@ class DPMoEBertExperts(nn.Module):
         self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden))
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Plain reference: [N, D] tokens through their experts, one expert after another."""
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):

@@ -39,6 +39,26 @@ def inspect_folder(folder: Path) -> Path:
     return folder
 
 
+def require_complete(folder: Path, loading: dict[str, Any], new: tuple[str, ...] = ()) -> None:
+    """Checks that a checkpoint held the model's weights: what it lacks would be random.
+
+    Args:
+        folder: The checkpoint's folder.
+        loading: What transformers reported on loading it (`output_loading_info`).
+        new: Prefixes of parameters that may be new, such as a classifier's head.
+
+    Raises:
+        UnusableModel: Another parameter is missing, or has another shape.
+    """
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith(new))
+    mismatched = sorted(str(key) for key in loading["mismatched_keys"])
+    if missing or mismatched:
+        raise UnusableModel(
+            f"{folder} does not hold the model's weights: {(missing or mismatched)[0]} is missing "
+            "or of another shape"
+        )
+
+
 def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
     scripts = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
     if scripts:

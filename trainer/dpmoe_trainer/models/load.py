@@ -15,7 +15,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from dpmoe_trainer.models.checkpoint import UnusableModel, inspect_folder
+from dpmoe_trainer.models.checkpoint import UnusableModel, inspect_folder, require_complete
 
 # No pickles and no code are ever fetched.
 _FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model")
@@ -43,9 +43,7 @@ def load_model(
     """
     folder = resolve(source, revision)
     try:
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UnusableModel(f"{folder}: transformers cannot read config.json: {error}") from error
     if num_labels is None:
@@ -66,7 +64,7 @@ def load_model(
         trust_remote_code=False,
         output_loading_info=True,
     )
-    _require_complete(folder, model, loading)
+    require_complete(folder, loading, new=("classifier.", "score."))
     return model.eval()
 
 
@@ -104,9 +102,7 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
             f"{source} is no folder here: give a folder, or for a hub model its revision (commit)"
         )
     try:
-        fetched = snapshot_download(
-            str(source), revision=revision, allow_patterns=list(_FETCHED)
-        )
+        fetched = snapshot_download(str(source), revision=revision, allow_patterns=list(_FETCHED))
     except Exception as error:
         raise UnusableModel(
             f"{source} at revision {revision} is neither cached nor reachable: {error}"
@@ -127,16 +123,4 @@ def _require_experts(folder: Path, factory: Any, config: Any) -> None:
         raise UnusableModel(
             f"{folder}: model_type {config.model_type!r} has no experts module, so it is no "
             "mixture of experts: use one, or make one with dpmoe_trainer.models.upcycle"
-        )
-
-
-def _require_complete(folder: Path, model: nn.Module, loading: dict[str, Any]) -> None:
-    """Only a classifier's head may be missing from a checkpoint."""
-    heads = ("classifier.", "score.")
-    missing = sorted(key for key in loading["missing_keys"] if not key.startswith(heads))
-    mismatched = sorted(str(key) for key in loading["mismatched_keys"])
-    if missing or mismatched:
-        raise UnusableModel(
-            f"{folder} does not hold the model's weights: {(missing or mismatched)[0]} is missing "
-            "or of another shape"
         )

@@ -30,9 +30,7 @@ def select_trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:
                 f"trainable pattern {pattern!r} matches no parameter; the model has such as "
                 f"{names[0]!r} and {names[-1]!r}"
             )
-    trained = {
-        name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
+    trained = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     return [name for name in names if name in trained]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, BertModel
 
 from dpmoe_trainer.models.bert_moe import (
@@ -20,10 +20,16 @@ from dpmoe_trainer.models.bert_moe import (
     DPMoEBertForSequenceClassification,
     DPMoEBertLayer,
 )
-from dpmoe_trainer.models.checkpoint import UnusableModel, inspect_folder
+from dpmoe_trainer.models.checkpoint import UnusableModel, inspect_folder, require_complete
 
 _INIT_STD = 0.02
-_NOT_CARRIED_OVER = ("model_type", "architectures", "dtype", "transformers_version", "_name_or_path")
+_NOT_CARRIED_OVER = (
+    "model_type",
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "_name_or_path",
+)
 
 
 def upcycle(
@@ -53,19 +59,22 @@ def upcycle(
     """
     folder = inspect_folder(Path(dense_dir))
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if config.model_type != "bert":
+    if config.model_type != "bert" or config.is_decoder:
         raise UnusableModel(
-            f"{folder}: upcycling takes a dense BERT, and model_type is {config.model_type!r}"
+            f"{folder}: upcycling takes a dense BERT encoder, and this is a "
+            f"{config.model_type!r} (is_decoder {getattr(config, 'is_decoder', False)})"
         )
     _check_shape(experts, top_k, layers, num_labels, config.num_hidden_layers)
-    dense = BertModel.from_pretrained(
+    dense, loading = BertModel.from_pretrained(
         folder,
         config=config,
         add_pooling_layer=False,
         use_safetensors=True,
         local_files_only=True,
         dtype=torch.float32,
+        output_loading_info=True,
     )
+    require_complete(folder, loading)
     model = DPMoEBertForSequenceClassification(
         _moe_config(config, experts, top_k, layers, num_labels)
     )
@@ -107,7 +116,7 @@ def _moe_config(
 
 
 @torch.no_grad()
-def _copy_dense(dense: nn.Module, model: DPMoEBertForSequenceClassification) -> None:
+def _copy_dense(dense: BertModel, model: DPMoEBertForSequenceClassification) -> None:
     model.embeddings.load_state_dict(dense.embeddings.state_dict())
     for source, target in zip(dense.encoder.layer, model.layers, strict=True):
         if not isinstance(target, DPMoEBertLayer):
@@ -135,4 +144,4 @@ def _initialise_new(
         if isinstance(layer, DPMoEBertLayer):
             layer.router.weight.copy_(_INIT_STD * normal(layer.router.weight))
             for weight in (layer.experts.up_proj, layer.experts.down_proj):
-                weight += perturbation * weight.std() * normal(weight)
+                weight.add_(normal(weight), alpha=perturbation * float(weight.std()))

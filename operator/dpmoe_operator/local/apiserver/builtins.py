@@ -154,21 +154,11 @@ def _prepare_job(obj: Object) -> Object:
         "job-name": name,
     }
     pod_metadata = template.get("metadata") or {}
-    defaults = {
-        "parallelism": 1,
-        "backoffLimit": 6,
-        "completionMode": "NonIndexed",
-        "suspend": False,
-        "podReplacementPolicy": "Failed" if "podFailurePolicy" in spec else "TerminatingOrFailed",
-    }
-    if "completions" not in spec and "parallelism" not in spec:
-        defaults["completions"] = 1
     return {
         **obj,
         "metadata": {**metadata, "labels": metadata.get("labels", {}) | labels},
         "spec": {
-            **defaults,
-            **spec,
+            **_job_defaults(spec),
             "selector": {"matchLabels": {CONTROLLER_UID_LABEL: metadata["uid"]}},
             "template": {
                 "metadata": {**pod_metadata, "labels": pod_metadata.get("labels", {}) | labels},
@@ -177,6 +167,20 @@ def _prepare_job(obj: Object) -> Object:
         },
         "status": {},
     }
+
+
+def _job_defaults(spec: Object) -> Object:
+    replace = "Failed" if "podFailurePolicy" in spec else "TerminatingOrFailed"
+    defaults = {
+        "parallelism": 1,
+        "backoffLimit": 6,
+        "completionMode": "NonIndexed",
+        "suspend": False,
+        "podReplacementPolicy": replace,
+    }
+    if "completions" not in spec and "parallelism" not in spec:
+        defaults["completions"] = 1
+    return {**defaults, **spec}
 
 
 def _job_causes(spec: Object) -> list[Cause]:
@@ -192,7 +196,9 @@ def _job_causes(spec: Object) -> list[Cause]:
     if restart not in ("OnFailure", "Never"):
         path = "spec.template.spec.restartPolicy"
         causes.append(Cause.unsupported(path, restart, ("OnFailure", "Never")))
-    if spec.get("completionMode") == "Indexed" and spec.get("completions") is None:
+    # Without both, `completions` defaults to 1.
+    is_open_ended = spec.get("completions") is None and "parallelism" in spec
+    if spec.get("completionMode") == "Indexed" and is_open_ended:
         detail = "when completion mode is Indexed"
         causes.append(Cause.required("spec.completions", detail))
     policy = spec.get("podFailurePolicy")
@@ -207,6 +213,7 @@ def _job_causes(spec: Object) -> list[Cause]:
 
 
 def _revise_job(old: Object, new: Object) -> Object:
+    new = {**new, "spec": _job_defaults(new.get("spec", {}))}
     fixed = ["selector", "completionMode", "podFailurePolicy"]
     if old["spec"]["completionMode"] == "NonIndexed":
         fixed.append("completions")

@@ -11,14 +11,11 @@ from typing import Any
 import yaml
 
 from . import builtins, errors, metadata, patches, schema
+from .deletion import BACKGROUND, Deletion, check_preconditions, is_released, marked_for_deletion
 from .errors import Cause
-from .resources import CRDS, JOBS, NAMESPACES, PODS, SERVICE_ACCOUNTS, Object, Registry, Resource
+from .resources import CRDS, NAMESPACES, SERVICE_ACCOUNTS, Object, Registry, Resource
 from .selectors import Selection
 from .store import Store, Stored
-
-FOREGROUND_FINALIZER = "foregroundDeletion"
-ORPHAN_FINALIZER = "orphan"
-_FINALIZER_OF_POLICY = {"Foreground": FOREGROUND_FINALIZER, "Orphan": ORPHAN_FINALIZER}
 
 
 @dataclass
@@ -34,28 +31,6 @@ class Write:
     dry_run: bool = False
     field_validation: str = "Ignore"
     warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Deletion:
-    """How to delete.
-
-    Attributes:
-        policy: `Background`, `Foreground`, `Orphan`, or None for the kind's default.
-        grace_seconds: what a pod's processes get to end; None for the pod's own value.
-        uid: delete only the object with this uid.
-        revision: delete only the object with this resourceVersion.
-        dry_run: do everything but delete.
-    """
-
-    policy: str | None = None
-    grace_seconds: int | None = None
-    uid: str | None = None
-    revision: str | None = None
-    dry_run: bool = False
-
-
-BACKGROUND = Deletion("Background")
 
 
 class Cluster:
@@ -238,7 +213,7 @@ class Cluster:
             new = {**new, "metadata": {**new["metadata"], "generation": generation}}
         if write.dry_run or _same(old, new):
             return resource.to_served(_with_revision(new, old["metadata"]["resourceVersion"]))
-        if _is_released(new):
+        if is_released(new):
             return resource.to_served(self._remove(resource, new))
         stored = self.store.put(resource.storage, new).object
         if resource.storage == CRDS.storage:
@@ -279,9 +254,9 @@ class Cluster:
             ApiError: 404, or 409 for a failed precondition.
         """
         obj = self.get(resource, namespace, name).object
-        _check_preconditions(resource, obj, how)
-        marked = _marked_for_deletion(resource, obj, how)
-        gone = _is_released(marked)
+        check_preconditions(resource, obj, how)
+        marked = marked_for_deletion(resource, obj, how)
+        gone = is_released(marked)
         if how.dry_run:
             return obj, gone
         if gone:
@@ -304,7 +279,7 @@ class Cluster:
         """Removes an emptied namespace, unless an object's finalizer still holds it."""
         obj = self.get(NAMESPACES, "", name).object
         emptied = {**obj, "spec": {**obj["spec"], "finalizers": []}}
-        if _is_released(emptied):
+        if is_released(emptied):
             self._remove(NAMESPACES, emptied)
         else:
             self.store.put(NAMESPACES.storage, emptied)
@@ -322,7 +297,8 @@ def _typed(resource: Resource, body: Any, *, complete: bool = True) -> Object:
 
     Built-in objects may leave them out, as Go's typed decoder allows; custom ones may not.
     """
-    if not isinstance(body, dict) or not isinstance(body.get("metadata", {}), dict):
+    is_object = isinstance(body, dict) and isinstance(body.get("metadata", {}), dict)
+    if not is_object or not (resource.custom or isinstance(body.get("spec", {}), dict)):
         raise errors.bad_request(f"the object provided is not an object of type {resource.kind}")
     strict = resource.custom or not complete
     for name, expected in (("kind", resource.kind), ("apiVersion", resource.api_version)):
@@ -359,16 +335,15 @@ def _check_identity(namespace: str, name: str, given: Object) -> None:
 def _keep_other_half(resource: Resource, old: Object, new: Object, subresource: str) -> Object:
     """Through /status only the status changes, through the main resource all but the status."""
     if subresource == "status":
-        kept = {name: value for name, value in old.items() if name not in ("status", "metadata")}
-        changed = {"status": new["status"]} if "status" in new else {}
         # Built-in kinds take labels and annotations by /status too; custom ones do not.
-        changed["metadata"] = old["metadata"] if resource.custom else new["metadata"]
-        return {**kept, **changed}
-    if resource.has_status:
-        new = {name: value for name, value in new.items() if name != "status"}
-        if "status" in old:
-            new["status"] = old["status"]
-    return new
+        metadata = old["metadata"] if resource.custom else new["metadata"]
+        return _with_status({**old, "metadata": metadata}, new)
+    return _with_status(new, old) if resource.has_status else new
+
+
+def _with_status(obj: Object, status_of: Object) -> Object:
+    rest = {name: value for name, value in obj.items() if name != "status"}
+    return {**rest, "status": status_of["status"]} if "status" in status_of else rest
 
 
 def _desired(resource: Resource, obj: Object) -> Object:
@@ -384,73 +359,3 @@ def _same(old: Object, new: Object) -> bool:
 
 def _with_revision(obj: Object, revision: str) -> Object:
     return {**obj, "metadata": {**obj["metadata"], "resourceVersion": revision}}
-
-
-def _check_preconditions(resource: Resource, obj: Object, how: Deletion) -> None:
-    actual, name = obj["metadata"], obj["metadata"]["name"]
-    if how.uid is not None and how.uid != actual["uid"]:
-        why = (
-            f"the UID in the precondition ({how.uid}) does not match the UID in record "
-            f"({actual['uid']}). The object might have been deleted and then recreated"
-        )
-        raise errors.conflict(resource, name, why)
-    if how.revision is not None and how.revision != actual["resourceVersion"]:
-        why = (
-            f"the ResourceVersion in the precondition ({how.revision}) does not match the "
-            f"ResourceVersion in record ({actual['resourceVersion']})"
-        )
-        raise errors.conflict(resource, name, why)
-
-
-def _marked_for_deletion(resource: Resource, obj: Object, how: Deletion) -> Object:
-    """The object with its deletion asked for; `_is_released` says whether it may go now."""
-    old = obj["metadata"]
-    grace = _grace_seconds(resource, obj, how)
-    if "deletionTimestamp" in old:
-        # A second deletion may only shorten the time that is left.
-        grace = min(grace, old.get("deletionGracePeriodSeconds", 0))
-        return {**obj, "metadata": {**old, "deletionGracePeriodSeconds": grace}}
-    new = {
-        **old,
-        "deletionTimestamp": metadata.now(),
-        "deletionGracePeriodSeconds": grace,
-        "finalizers": _finalizers(resource, old, how),
-    }
-    if not new["finalizers"]:
-        del new["finalizers"]
-    if "generation" in old:
-        new["generation"] = old["generation"] + 1
-    marked = {**obj, "metadata": new}
-    if resource.storage == NAMESPACES.storage:
-        marked["status"] = {**obj["status"], "phase": "Terminating"}
-    return marked
-
-
-def _grace_seconds(resource: Resource, obj: Object, how: Deletion) -> int:
-    """Only a pod that was given to a node, and still runs, is deleted gracefully."""
-    if resource.storage != PODS.storage or not obj["spec"].get("nodeName"):
-        return 0
-    if obj["status"].get("phase") in ("Succeeded", "Failed"):
-        return 0
-    if how.grace_seconds is not None:
-        return how.grace_seconds
-    return int(obj["spec"]["terminationGracePeriodSeconds"])
-
-
-def _finalizers(resource: Resource, old: Object, how: Deletion) -> list[str]:
-    # Jobs are the one kind whose default, for historical reasons, is to orphan.
-    default = "Orphan" if resource.storage == JOBS.storage else "Background"
-    kept = [each for each in old.get("finalizers", ()) if each not in _FINALIZER_OF_POLICY.values()]
-    added = _FINALIZER_OF_POLICY.get(how.policy or default)
-    return [*kept, added] if added else kept
-
-
-def _is_released(obj: Object) -> bool:
-    """Whether a deleted object is held by nothing any more."""
-    held = obj["metadata"]
-    return (
-        "deletionTimestamp" in held
-        and not held.get("finalizers")
-        and not held.get("deletionGracePeriodSeconds")
-        and not (obj["kind"] == "Namespace" and obj["spec"].get("finalizers"))
-    )

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .builtins import CRD_CLEANUP_FINALIZER
-from .cluster import FOREGROUND_FINALIZER, ORPHAN_FINALIZER, Cluster, Deletion
+from .cluster import Cluster
+from .deletion import FOREGROUND_FINALIZER, ORPHAN_FINALIZER, Deletion
 from .resources import CRDS, NAMESPACES, Object, Resource, StorageKey
 from .store import Event
 from .workqueue import WorkQueue

@@ -8,15 +8,16 @@ counted exactly once, when it loses the tracking finalizer.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
 
+from .job_pods import (
+    TRACKING_FINALIZER,
+    format_indexes,
+    format_time,
+    index_of,
+    parse_indexes,
+    parse_time,
+)
 from .resources import Object
-
-TRACKING_FINALIZER = "batch.kubernetes.io/job-tracking"
-INDEX_KEY = "batch.kubernetes.io/job-completion-index"
-INDEX_FIELD_PATH = f"metadata.labels['{INDEX_KEY}']"
-# Names that the server generates have at most 63 characters, five of them random.
-_LONGEST_PREFIX = 58
 
 
 @dataclass
@@ -105,57 +106,6 @@ def has_condition(status: Object, kind: str) -> bool:
     return any(each["type"] == kind and each["status"] == "True" for each in conditions)
 
 
-def build_pod(job: Object, index: int | None) -> Object:
-    """A pod of a Job, from its template."""
-    template, name = job["spec"]["template"], job["metadata"]["name"]
-    metadata = template["metadata"]
-    owner = {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "name": name,
-        "uid": job["metadata"]["uid"],
-        "controller": True,
-        "blockOwnerDeletion": True,
-    }
-    suffix = "-" if index is None else f"-{index}-"
-    pod: Object = {
-        "metadata": {
-            **{key: metadata[key] for key in ("labels", "annotations") if key in metadata},
-            "generateName": name[: _LONGEST_PREFIX - len(suffix)] + suffix,
-            "ownerReferences": [owner],
-            "finalizers": [*metadata.get("finalizers", ()), TRACKING_FINALIZER],
-        },
-        "spec": template["spec"],
-    }
-    return pod if index is None else _indexed(pod, name, index)
-
-
-def _indexed(pod: Object, job_name: str, index: int) -> Object:
-    metadata, spec = pod["metadata"], pod["spec"]
-    mark = {INDEX_KEY: str(index)}
-    variable = {
-        "name": "JOB_COMPLETION_INDEX",
-        "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": INDEX_FIELD_PATH}},
-    }
-
-    def with_index(container: Object) -> Object:
-        env = container.get("env", [])
-        if any(each["name"] == variable["name"] for each in env):
-            return container
-        return {**container, "env": [*env, variable]}
-
-    spec = {"hostname": f"{job_name}-{index}", **spec}
-    for kind in ("containers", "initContainers"):
-        if kind in spec:
-            spec[kind] = [with_index(each) for each in spec[kind]]
-    metadata = {
-        **metadata,
-        "labels": metadata.get("labels", {}) | mark,
-        "annotations": metadata.get("annotations", {}) | mark,
-    }
-    return {"metadata": metadata, "spec": spec}
-
-
 # Counting
 
 
@@ -182,7 +132,7 @@ def _count_success(job: Object, pod: Object, tally: _Tally) -> None:
     if job["spec"]["completionMode"] == "NonIndexed":
         tally.succeeded += 1
     else:
-        tally.indexes.add(_index_of(pod))
+        tally.indexes.add(index_of(pod))
         tally.succeeded = len(tally.indexes)
 
 
@@ -364,7 +314,7 @@ def _scale(
         plan.check_after = min(plan.check_after or backoff_seconds, backoff_seconds)
         return
     if spec["completionMode"] == "Indexed":
-        taken = tally.indexes | {_index_of(pod) for pod in occupied}
+        taken = tally.indexes | {index_of(pod) for pod in occupied}
         free = [index for index in range(spec["completions"]) if index not in taken]
         plan.create = list(free[:missing])
     else:
@@ -382,10 +332,10 @@ def _wanted(spec: Object, tally: _Tally, active: Sequence[Object]) -> int:
 
 def _removal_order(pod: Object) -> tuple[int, str]:
     """Low indexes and old pods stay."""
-    return _index_of(pod), pod["metadata"]["creationTimestamp"]
+    return index_of(pod), pod["metadata"]["creationTimestamp"]
 
 
-# Pods, indexes, conditions, times
+# Pods and conditions
 
 
 def _is_terminal(pod: Object) -> bool:
@@ -394,33 +344,6 @@ def _is_terminal(pod: Object) -> bool:
 
 def _is_terminating(pod: Object) -> bool:
     return "deletionTimestamp" in pod["metadata"] and not _is_terminal(pod)
-
-
-def _index_of(pod: Object) -> int:
-    return int(pod["metadata"].get("annotations", {}).get(INDEX_KEY, -1))
-
-
-def parse_indexes(text: str) -> set[int]:
-    """Reads `completedIndexes`, such as `0-2,4`."""
-    indexes: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        indexes |= set(range(int(first), int(last or first) + 1))
-    return indexes
-
-
-def format_indexes(indexes: set[int]) -> str:
-    """Writes `completedIndexes`: three or more in a row become a range."""
-    runs: list[list[int]] = []
-    for index in sorted(indexes):
-        if runs and runs[-1][-1] == index - 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    parts: list[Any] = []
-    for run in runs:
-        parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else run
-    return ",".join(str(part) for part in parts)
 
 
 def _set_condition(
@@ -439,13 +362,3 @@ def _set_condition(
         "message": message,
     }
     status["conditions"] = [each for each in conditions if each["type"] != kind] + [condition]
-
-
-def format_time(moment: datetime) -> str:
-    """A time as Kubernetes writes it."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def parse_time(text: str) -> datetime:
-    """A time as Kubernetes writes it."""
-    return datetime.fromisoformat(text)

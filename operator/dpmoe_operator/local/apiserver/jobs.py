@@ -7,16 +7,11 @@ as in Kubernetes, so that demos and tests need not wait.
 
 from datetime import UTC, datetime, timedelta
 
-from .cluster import Cluster, Deletion
+from .cluster import Cluster
+from .deletion import Deletion
 from .garbage import OwnerIndex, Ref, owner_uids
-from .job_plan import (
-    TRACKING_FINALIZER,
-    JobPlan,
-    build_pod,
-    finish_time,
-    is_finished,
-    plan_job,
-)
+from .job_plan import JobPlan, finish_time, is_finished, plan_job
+from .job_pods import TRACKING_FINALIZER, build_pod
 from .resources import JOBS, PODS, Object
 from .store import Event
 from .workqueue import WorkQueue

@@ -115,6 +115,12 @@ def _check(resource: Resource, metadata: Object) -> None:
                 "'-', '_' or '.', and must start and end with an alphanumeric character"
             )
             causes.append(Cause.invalid("metadata.labels", value, detail))
+    for owner in metadata.get("ownerReferences", ()):
+        causes += [
+            Cause.invalid(f"metadata.ownerReferences.{field}", "", f"{field} must not be empty")
+            for field in ("apiVersion", "kind", "name", "uid")
+            if not owner.get(field)
+        ]
     if causes:
         raise errors.invalid_object(resource, name, *causes)
 

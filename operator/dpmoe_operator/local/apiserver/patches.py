@@ -167,7 +167,7 @@ def _below(schema: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | N
     if schema is None or name == "metadata":
         return None
     additional = schema.get("additionalProperties")
-    fallback: Mapping[str, Any] = additional if isinstance(additional, Mapping) else {}
+    fallback = additional if isinstance(additional, dict) else {}
     properties: Mapping[str, Mapping[str, Any]] = schema.get("properties", {})
     return properties.get(name, fallback)
 

@@ -9,7 +9,8 @@ from enum import Enum
 from typing import Any
 
 from . import errors
-from .cluster import Deletion, Write
+from .cluster import Write
+from .deletion import Deletion
 from .errors import Cause
 from .resources import Registry, Resource
 from .selectors import Selection, parse_selection
@@ -27,7 +28,6 @@ class Form(Enum):
 
     OBJECT = "Object"
     TABLE = "Table"
-    PARTIAL = "PartialObjectMetadata"
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,10 @@ def parse_form(accept: str) -> Form:
         if media not in ("application/json", "application/*", "*/*"):
             continue
         parameters = dict(pair.partition("=")[::2] for pair in pairs)
-        wanted = parameters.get("as", "").removesuffix("List")
-        if not wanted:
+        if "as" not in parameters:
             return Form.OBJECT
-        if parameters.get("v") == "v1" and parameters.get("g") == "meta.k8s.io":
-            if wanted == Form.TABLE.value:
-                return Form.TABLE
-            if wanted == Form.PARTIAL.value:
-                return Form.PARTIAL
+        if (parameters["as"], parameters.get("v")) == (Form.TABLE.value, "v1"):
+            return Form.TABLE
     raise errors.not_acceptable()
 
 

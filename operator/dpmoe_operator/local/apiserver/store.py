@@ -199,8 +199,8 @@ class Store:
         return Cursor(collection, since)
 
     def open(self, key: StorageKey) -> None:
-        """Starts the history of a resource now, unless it has one."""
-        self._collections.setdefault(key, Collection(self.revision))
+        """Starts the history of a resource that is new from now on."""
+        self._collections[key] = Collection(self.revision)
 
     def drop(self, key: StorageKey) -> None:
         """Forgets a resource with its history, and ends its watches."""

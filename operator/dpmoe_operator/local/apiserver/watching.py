@@ -11,7 +11,7 @@ from .requests import Form
 from .resources import Object, Resource
 from .selectors import Selection
 from .store import Cursor, Event, Stored, encode
-from .tables import partial_metadata, table
+from .tables import table
 
 # So many events at most go into one write, and so into one look at the log.
 BATCH = 500
@@ -77,18 +77,17 @@ async def _follow(
             if lines:
                 yield lines
             continue
-        left = deadline - time.monotonic()
         if cursor.closed:
             return
-        if left > 0:
-            woken = await cursor.wait(min(left, BOOKMARK_SECONDS))
-            if woken:
-                continue
-        if request.bookmarks:
-            # Nothing is pending, so all events up to now have been sent.
-            yield write.bookmark(cluster.store.revision)
+        left = deadline - time.monotonic()
+        # Nothing is pending here, so a bookmark may say that all events so far have been sent.
         if left <= 0:
+            if request.bookmarks:
+                yield write.bookmark(cluster.store.revision)
             return
+        woken = await cursor.wait(min(left, BOOKMARK_SECONDS))
+        if not woken and request.bookmarks and time.monotonic() < deadline:
+            yield write.bookmark(cluster.store.revision)
 
 
 class _Lines:
@@ -130,8 +129,6 @@ class _Lines:
         }
         if self._request.form is Form.TABLE:
             mark = table(self._resource, [], metadata)
-        if self._request.form is Form.PARTIAL:
-            mark = partial_metadata(mark)
         return encode({"type": "BOOKMARK", "object": mark}) + b"\n"
 
     def _shown(self, stored: Stored) -> bytes:
@@ -141,4 +138,4 @@ class _Lines:
         if self._request.form is Form.TABLE:
             metadata = {"resourceVersion": str(stored.revision)}
             return encode(table(self._resource, [served], metadata, self._request.include))
-        return encode(partial_metadata(served) if self._request.form is Form.PARTIAL else served)
+        return encode(served)

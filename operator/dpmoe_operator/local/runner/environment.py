@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dpmoe_operator.kube.client import Object
 from dpmoe_operator.kube.resources import CONFIG_MAPS, SECRETS, Resource
+from dpmoe_operator.local.runner.expansion import expand
 from dpmoe_operator.local.runner.images import Image
 from dpmoe_operator.local.runner.quantity import request
 from dpmoe_operator.local.runner.sources import LOCAL_ADDRESS, NotReady, Sources
@@ -28,7 +29,6 @@ MASTER_PORT = "PET_MASTER_PORT"
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
-_REFERENCE = re.compile(r"\$\$|\$\(([^)]+)\)")
 
 
 @dataclass(frozen=True)
@@ -94,20 +94,6 @@ def build(container: Object, image: Image, sources: Sources, place: Place) -> di
     # Programs take HOME as it is, and must not write to this machine's.
     environment["HOME"] = str(place.root / environment["HOME"].lstrip("/"))
     return environment
-
-
-def expand(text: str, variables: Mapping[str, str]) -> str:
-    """Replaces `$(NAME)` as Kubernetes does: unknown names stay, `$$` is a plain `$`.
-
-    Example:
-        >>> expand("$(A) $(B) $$(A)", {"A": "x"})
-        'x $(B) $(A)'
-    """
-
-    def value(match: re.Match[str]) -> str:
-        return "$" if match[0] == "$$" else variables.get(match[1], match[0])
-
-    return _REFERENCE.sub(value, text)
 
 
 def _all_of(source: Object, sources: Sources) -> dict[str, str]:

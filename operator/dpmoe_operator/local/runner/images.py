@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpmoe_operator.kube.client import Object
+from dpmoe_operator.local.runner.expansion import expand
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,15 @@ class Image:
     command: tuple[str, ...]
     env: Mapping[str, str]
 
-    def argv(self, container: Object) -> list[str]:
-        """The command line of a container: its `command` replaces the entry point."""
-        command = container.get("command") or self.command
-        return [*command, *(container.get("args") or [])]
+    def argv(self, container: Object, variables: Mapping[str, str]) -> list[str]:
+        """The command line of a container.
+
+        Its `command` replaces the entry point, and `$(NAME)` in what the pod says becomes the
+        variable's value.
+        """
+        command = [expand(part, variables) for part in container.get("command") or []]
+        arguments = [expand(part, variables) for part in container.get("args") or []]
+        return [*(command or self.command), *arguments]
 
 
 def load_images(path: Path) -> dict[str, Image]:

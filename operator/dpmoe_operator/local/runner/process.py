@@ -78,6 +78,7 @@ class Processes:
             OSError: it can't be started.
         """
         with log.open("ab") as output:
+            log_start = output.tell()
             process = await asyncio.create_subprocess_exec(
                 *argv,
                 env={**env, guardian.MARK: f"{self.token}/{pod}"},
@@ -88,13 +89,14 @@ class Processes:
                 start_new_session=True,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
-        return Process(process, pod)
+        return Process(process, pod, log_start)
 
 
 class Process:
-    """The main process of a container."""
+    """The main process of a container; what it prints begins at `log_start` in its log."""
 
-    def __init__(self, process: asyncio.subprocess.Process, pod: str):
+    def __init__(self, process: asyncio.subprocess.Process, pod: str, log_start: int):
+        self.log_start = log_start
         self._process = process
         self._pod = pod
 

@@ -65,9 +65,14 @@ class ContainerRecord:
             | ({"message": message} if message else {})
         }
 
-    def lose(self) -> None:
-        """The pod ended and it never ran: a kubelet then says this, without any time or id."""
-        if self.runs == 0:
+    def close(self) -> None:
+        """The pod has ended, and with it whatever this container still waited for.
+
+        Of one that never ran, a kubelet says the following, without any time or id.
+        """
+        if self.runs and "waiting" in self.state:
+            self.state, self.last_state = self.last_state, {}
+        elif not self.runs:
             self.state = {
                 "terminated": {
                     "exitCode": KILLED,
@@ -141,18 +146,25 @@ def build_status(
     return status
 
 
-def build_lost_status(pod: Object) -> Object:
-    """The status of a pod whose process vanished together with an earlier runner."""
-    message = "the local runner was started again, and the pod's process is gone"
+def build_lost_status(pod: Object, message: str) -> Object:
+    """The status of a pod of whose process only one thing is known: that it is gone."""
+    known = (pod.get("status") or {}).get("containerStatuses") or []
+    by_name = {status["name"]: status for status in known}
     statuses = []
-    for status in (pod.get("status") or {}).get("containerStatuses") or []:
-        if "terminated" not in status.get("state", {}):
-            started = status.get("state", {}).get("running", {}).get("startedAt")
+    for container in pod["spec"]["containers"]:
+        fresh = ContainerRecord(container["name"], container.get("image") or "").status()
+        status = by_name.get(container["name"], fresh)
+        if "terminated" not in status["state"]:
             ended = {"exitCode": KILLED, "reason": "ProcessLost", "finishedAt": timestamp()}
-            state = {"terminated": ended | ({"startedAt": started} if started else {})}
-            # The runner may have died after it had started the process and before it could say so.
-            known = {"containerID": status.get("containerID") or f"{IMAGE_ID}://lost"}
-            status = {**status, **known, "state": state, "ready": False, "started": False}
+            started = status["state"].get("running", {}).get("startedAt", timestamp())
+            # The earlier runner may have died just before it could say that it started a process.
+            lost = {
+                "containerID": status.get("containerID") or f"{IMAGE_ID}://lost",
+                "state": {"terminated": ended | {"startedAt": started}},
+                "ready": False,
+                "started": False,
+            }
+            status = status | lost
         statuses.append(status)
     return {
         "phase": "Failed",

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from dpmoe_operator.kube.client import Object
 from dpmoe_operator.kube.resources import CONFIG_MAPS, SECRETS
-from dpmoe_operator.local.runner.environment import expand
+from dpmoe_operator.local.runner.expansion import expand
 from dpmoe_operator.local.runner.sources import NotReady, Sources
 
 TERMINATION_MESSAGE_BYTES = 4096
@@ -58,10 +58,14 @@ class PodFolder:
             (self.path / "tmp").unlink(missing_ok=True)
             (self.path / "tmp").symlink_to(tempfile.mkdtemp(prefix="dpmoe-"))
 
-    def remove(self) -> None:
-        """Deletes all of the pod's files but those of its claims and host paths."""
+    def remove_temporary(self) -> None:
+        """Deletes the temporary files."""
         if (self.path / "tmp").is_symlink():
             shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Deletes all of the pod's files but those of its claims and host paths."""
+        self.remove_temporary()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def lay_out(self, container: Object, sources: Sources, variables: Mapping[str, str]) -> Path:

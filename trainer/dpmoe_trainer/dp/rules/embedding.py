@@ -80,7 +80,8 @@ def embedding(
             f"embedding {name!r} got ids of shape {tuple(input.shape)} in a batch of {tape.batch} "
             "samples, so an id's sample is unknown: freeze it"
         )
-    assert name is not None and value is not None, "rules run for trained parameters"
+    assert name is not None, "rules run for trained parameters"
+    assert value is not None, "a trained parameter has a value"
     if padding_idx is not None and padding_idx < 0:
         padding_idx += value.shape[0]
     output = F.embedding(input, value, padding_idx)

@@ -52,7 +52,7 @@ class ExpertLayer(Use):
     def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
         """One product an expert over its rows; an expert without rows gets zeros."""
         a_SI, g_SO = wide(self._a_SI), wide(self._g_SO)
-        factors_S = factors.to(a_SI.dtype)[self._segments.sample_S]
+        factors_S = factors.to(a_SI.dtype)[self._segments.row_sample]
         formed = {}
         if self._bias_name is not None:
             formed[self._bias_name] = self._by_expert(factors_S[:, None], g_SO).squeeze(1)
@@ -104,16 +104,16 @@ def experts_forward(
     sample_N = torch.arange(tape.batch, device=hidden_states.device).repeat_interleave(tape.length)
     segments = Segments.of(top_k_index, sample_N, module.num_experts, tape.batch)
 
-    x_SD = hidden_states.index_select(0, segments.token_S)
+    x_SD = hidden_states.index_select(0, segments.token)
     if module.has_gate:
         h_SF = module._apply_gate(_expert_linear(tape, module, "gate_up_proj", x_SD, segments))
     else:
         h_SF = module.act_fn(_expert_linear(tape, module, "up_proj", x_SD, segments))
     y_SD = _expert_linear(tape, module, "down_proj", h_SF, segments)
 
-    y_SD = y_SD * top_k_weights.reshape(-1, 1).index_select(0, segments.slot_S)
-    place_S = torch.empty_like(segments.slot_S)
-    place_S[segments.slot_S] = torch.arange(len(place_S), device=place_S.device)
+    y_SD = y_SD * top_k_weights.reshape(-1, 1).index_select(0, segments.slot)
+    place_S = torch.empty_like(segments.slot)
+    place_S[segments.slot] = torch.arange(len(place_S), device=place_S.device)
     y_NKD = y_SD.index_select(0, place_S).view(*top_k_index.shape, -1)
     return y_NKD.sum(1).to(hidden_states.dtype)
 
@@ -139,8 +139,8 @@ def _expert_linear(
         rows_SI, weight if inputs_first else weight.transpose(1, 2), segments.rows_per_expert
     )
     if bias is not None:
-        output_SO = output_SO + bias.index_select(0, segments.expert_M).repeat_interleave(
-            segments.length_M, 0
+        output_SO = output_SO + bias.index_select(0, segments.expert).repeat_interleave(
+            segments.length, 0
         )
     if weight_name is None and bias_name is None:
         return output_SO

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpmoe_trainer.dp.ghost import squared_norms_of_pairs
 from dpmoe_trainer.dp.tape import Tape, Use, wide
 
 
@@ -32,9 +33,9 @@ class LinearWeight(Use):
         rows, inputs, outputs = x_BTI.shape[1], x_BTI.shape[2], g_BTO.shape[2]
         if rows * (inputs + outputs) < inputs * outputs:
             self._g_BTO = g_BTO
-            return (self._tape.gram(x_BTI) * (wide(g_BTO) @ wide(g_BTO).transpose(1, 2))).sum(
-                (1, 2)
-            )
+            pairs_BTT = wide(g_BTO) @ wide(g_BTO).transpose(1, 2)
+            pairs_BTT *= self._tape.gram(x_BTI)
+            return squared_norms_of_pairs(pairs_BTT)
         self._per_sample_BOI = wide(g_BTO).transpose(1, 2) @ wide(x_BTI)
         return self._per_sample_BOI.pow(2).sum((1, 2))
 
@@ -73,6 +74,7 @@ def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None
     """Stands for `torch.nn.functional.linear`."""
     weight_name, weight_value = tape.claim(weight, "linear")
     bias_name, bias_value = tape.claim(bias, "linear")
+    assert weight_value is not None, "a linear layer has a weight"
     output = F.linear(input, weight_value, bias_value)
     if weight_name is not None:
         tape.record(output, LinearWeight(tape, weight_name, input))

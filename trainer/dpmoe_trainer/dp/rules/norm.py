@@ -84,7 +84,8 @@ def multiply(tape: Tape, one: Tensor, other: Tensor) -> Tensor:
     """
     trained, rows = (one, other) if tape.is_trained(one) else (other, one)
     name, value = tape.claim(trained, "multiply")
-    assert name is not None and value is not None, "rules run for trained parameters"
+    assert name is not None, "rules run for trained parameters"
+    assert value is not None, "a trained parameter has a value"
     if not isinstance(rows, Tensor) or rows.dim() < 2 or value.shape != rows.shape[-1:]:
         raise UncoveredParameter(
             f"trained parameter {name!r} is multiplied with something other than rows of its own "

@@ -1,0 +1,1 @@
+"""`dpmoe demo`: the main job end to end, on one machine, with real data."""

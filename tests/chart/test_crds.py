@@ -1,0 +1,40 @@
+"""The chart's CustomResourceDefinitions are those of crds/, and outlive the release."""
+
+import json
+
+import pytest
+from tests.chart.helm import CHART, ROOT, Manifest
+
+from dpmoe_operator.api.crd import all_definitions
+from dpmoe_operator.cli.crds import render
+
+KIND = "CustomResourceDefinition"
+
+
+def definitions(manifests: list[Manifest]) -> dict[str, Manifest]:
+    return {m["spec"]["names"]["plural"]: m for m in manifests if m["kind"] == KIND}
+
+
+@pytest.mark.parametrize("folder", [ROOT / "crds", CHART / "files" / "crds"], ids=str)
+def test_generated_files_are_up_to_date(folder):
+    files = {path.name: path.read_text() for path in folder.iterdir()}
+    assert files == render(), "run `make crds`"
+
+
+def test_rendered_definitions_are_the_generated_ones(helm):
+    rendered = definitions(helm.render({"crds": {"keep": False}}))
+    # As JSON: in Python 5.0 == 5, but the API server takes no 5.0 for an integer.
+    expected = json.dumps(all_definitions(), sort_keys=True)
+    assert json.dumps(rendered, sort_keys=True) == expected
+
+
+def test_uninstalling_keeps_them_by_default(default):
+    kept = definitions(default)
+    assert len(kept) == 3
+    for definition in kept.values():
+        assert definition["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
+    assert kept == all_definitions()
+
+
+def test_they_can_be_installed_by_something_else(helm):
+    assert not definitions(helm.render({"crds": {"install": False}}))

@@ -1,0 +1,158 @@
+"""The operator's Deployment: restricted, and configured by variables that the operator reads."""
+
+import pytest
+import typer
+from tests.chart.conftest import FULL
+from tests.chart.helm import Manifest, only
+
+from dpmoe_operator.cli.operator import operator
+from dpmoe_operator.control.settings import Settings
+from dpmoe_operator.kube.operator import LEASE_NAME
+from dpmoe_trainer.contract import PROGRESS_PORT
+
+DEFAULTS = Settings(namespace="", trainer_image="")
+
+
+def pod(manifests: list[Manifest]) -> Manifest:
+    return only(manifests, "Deployment", "dpmoe-operator")["spec"]["template"]["spec"]
+
+
+def container(manifests: list[Manifest]) -> Manifest:
+    [only_one] = pod(manifests)["containers"]
+    return only_one
+
+
+def parameters(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What `dpmoe operator` understands of the container's arguments and variables."""
+    spec = container(manifests)
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    for variable in spec["env"]:
+        value = variable.get("value", "from-the-field")
+        monkeypatch.setenv(variable["name"], value)
+    app = typer.Typer()
+    app.command("operator")(operator)
+    app.command("other")(lambda: None)
+    command = typer.main.get_command(app).commands[spec["args"][0]]
+    known = {option.envvar for option in command.params}
+    assert {variable["name"] for variable in spec["env"]} <= known
+    return command.make_context("operator", list(spec["args"][1:])).params
+
+
+def test_the_operator_understands_what_the_default_values_say(default, monkeypatch):
+    assert parameters(default, monkeypatch) == {
+        "namespace": "from-the-field",
+        "trainer_image": "ghcr.io/dpmoe/trainer:0.1.0",
+        "policy": DEFAULTS.policy,
+        "round_seconds": 5.0,
+        "gpu_resource": DEFAULTS.gpu_resource,
+        "storage_cidr": (),
+        "liveness": "http://0.0.0.0:8080/healthz",
+        "kubeconfig": None,
+        "verbose": False,
+    }
+
+
+def test_the_operator_understands_what_other_values_say(full, monkeypatch):
+    understood = parameters(full, monkeypatch)
+    assert understood["trainer_image"] == "registry.example/trainer:1.2"
+    assert understood["policy"] == "fcfs"
+    assert understood["round_seconds"] == 0.5
+    assert understood["gpu_resource"] == "amd.com/gpu"
+    assert list(understood["storage_cidr"]) == ["10.1.0.0/16", "fd00::/8"]
+
+
+def test_the_ledger_is_in_the_pods_own_namespace(full):
+    [variable] = [v for v in container(full)["env"] if v["name"] == "DPMOE_NAMESPACE"]
+    assert variable["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.namespace"}}
+    assert only(full, "Deployment", "dpmoe-operator")["metadata"]["namespace"] == "privacy"
+
+
+def test_a_digest_goes_before_a_tag(default, full):
+    assert container(default)["image"] == "ghcr.io/dpmoe/operator:0.1.0"
+    assert container(full)["image"] == f"registry.example:5000/dpmoe/operator@sha256:{'a' * 64}"
+
+
+def test_the_pod_passes_the_restricted_security_standard(full):
+    for each in (pod(full), container(full)):
+        assert not set(each) & {"hostNetwork", "hostPID", "hostIPC", "hostAliases"}
+    assert pod(full)["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": 65532,
+        "runAsGroup": 65532,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert container(full)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert not any("hostPort" in port for port in container(full)["ports"])
+    assert "initContainers" not in pod(full)
+    assert "volumes" not in pod(full)
+
+
+def test_one_operator_at_a_time(full):
+    spec = only(full, "Deployment", "dpmoe-operator")["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+
+
+def test_probes_ask_what_the_operator_serves(default, monkeypatch):
+    liveness = parameters(default, monkeypatch)["liveness"]
+    [port] = container(default)["ports"]
+    for probe in ("startupProbe", "livenessProbe"):
+        get = container(default)[probe]["httpGet"]
+        assert get["port"] == port["name"]
+        assert liveness == f"http://0.0.0.0:{port['containerPort']}{get['path']}"
+
+
+def test_trainers_network_policies_know_the_operator_by_its_labels(full):
+    template = only(full, "Deployment", "dpmoe-operator")["spec"]["template"]
+    assert dict(DEFAULTS.progress_labels).items() <= template["metadata"]["labels"].items()
+
+
+def test_selectors_select_the_operator(full):
+    labels = only(full, "Deployment", "dpmoe-operator")["spec"]["template"]["metadata"]["labels"]
+    for kind, field in (
+        ("Deployment", "selector"),
+        ("PodDisruptionBudget", "selector"),
+        ("NetworkPolicy", "podSelector"),
+    ):
+        selector = only(full, kind, "dpmoe-operator")["spec"][field]["matchLabels"]
+        assert selector.items() <= labels.items(), kind
+
+
+def test_the_network_policy_lets_the_operator_work_and_no_more(full):
+    spec = only(full, "NetworkPolicy", "dpmoe-operator")["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert spec["ingress"] == []
+    dns, server, trainers = spec["egress"]
+    assert {port["port"] for port in dns["ports"]} == {53}
+    assert server == {
+        "ports": [{"protocol": "TCP", "port": 6443}],
+        "to": [{"ipBlock": {"cidr": "10.0.0.1/32"}}],
+    }
+    assert trainers["ports"] == [{"protocol": "TCP", "port": PROGRESS_PORT}]
+    [to] = trainers["to"]
+    [expression] = to["namespaceSelector"]["matchExpressions"]
+    assert expression["values"] == FULL["dataNamespaces"]
+    assert to["podSelector"] == {"matchLabels": {"app.kubernetes.io/managed-by": "dpmoe"}}
+
+
+def test_placement_and_pull_secrets_are_passed_on(full):
+    spec = pod(full)
+    assert spec["imagePullSecrets"] == [{"name": "registry"}]
+    assert container(full)["imagePullPolicy"] == "Always"
+    assert container(full)["resources"] == FULL["resources"]
+    for field in ("nodeSelector", "tolerations", "priorityClassName"):
+        assert spec[field] == FULL[field]
+
+
+def test_what_is_off_is_absent(default):
+    kinds = {manifest["kind"] for manifest in default}
+    assert not kinds & {"NetworkPolicy", "PodDisruptionBudget", "Secret", "Namespace"}
+
+
+def test_the_role_names_the_lease_that_the_operator_takes(default):
+    rules = only(default, "Role", "dpmoe-operator-ledger")["rules"]
+    names = {name for rule in rules for name in rule.get("resourceNames", [])}
+    assert names == {LEASE_NAME}

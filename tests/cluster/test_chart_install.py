@@ -1,0 +1,392 @@
+"""The chart on a real API server: installed, with the rights of its own ServiceAccount, removed.
+
+It has a control plane of its own: Helm wants to be the one that creates the custom resources.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.chart.calls import CLUSTER, DATA, LEDGER, Call
+from tests.chart.helm import CHART, Helm, kubernetes_binary, only
+from tests.cluster.chart import kubectl_binary, service_account_kubeconfig
+
+from dpmoe_operator.api.ledgerentry import AccountOpened, ObjectReference, Record
+from dpmoe_operator.kube.client import KubeClient
+from dpmoe_operator.kube.config import load_access
+from dpmoe_operator.kube.errors import Forbidden, NotFound
+from dpmoe_operator.kube.resources import (
+    CONFIG_MAPS,
+    CUSTOM_RESOURCE_DEFINITIONS,
+    DPMOE_JOBS,
+    EVENTS,
+    JOBS,
+    LEDGER_ENTRIES,
+    NAMESPACES,
+    NETWORK_POLICIES,
+    PRIVATE_BLOCKS,
+    SECRETS,
+    SERVICES,
+)
+from dpmoe_operator.kube.store import KubeEntryStore
+from dpmoe_operator.ledger.log import Ledger
+from dpmoe_operator.local.envtest import Envtest
+
+pytestmark = pytest.mark.envtest
+
+OPERATOR_NAMESPACE = "privacy"
+DATA_NAMESPACE = "clinic-data"
+TEAM_NAMESPACE = "team-search"
+OTHER_NAMESPACE = "elsewhere"
+
+VALUES = {"dataNamespaces": [DATA_NAMESPACE]}
+
+WRITE = ("create", "update", "patch", "delete", "deletecollection")
+
+FORBIDDEN: list[tuple[str, str, str, tuple[str, ...]]] = [
+    (OPERATOR_NAMESPACE, "dpmoe.dev", "ledgerentries", ("update", "patch", "delete")),
+    (OPERATOR_NAMESPACE, "dpmoe.dev", "ledgerentries", ("deletecollection", "watch")),
+    (OTHER_NAMESPACE, "dpmoe.dev", "ledgerentries", ("get", "list", "create")),
+    (DATA_NAMESPACE, "dpmoe.dev", "privateblocks", WRITE),
+    (TEAM_NAMESPACE, "dpmoe.dev", "dpmoejobs", ("create", "update", "patch", "deletecollection")),
+    (DATA_NAMESPACE, "dpmoe.dev", "privateblocks/status", ("update",)),
+    (OTHER_NAMESPACE, "batch", "jobs", ("get", "list", "create", "patch", "delete")),
+    (OPERATOR_NAMESPACE, "batch", "jobs", ("list", "create")),
+    (DATA_NAMESPACE, "batch", "jobs", ("update", "deletecollection")),
+    (DATA_NAMESPACE, "", "pods", (*WRITE, "get")),
+    (DATA_NAMESPACE, "", "pods/exec", ("create", "get")),
+    (DATA_NAMESPACE, "", "pods/log", ("get",)),
+    (OTHER_NAMESPACE, "", "pods", ("list", "watch")),
+    (DATA_NAMESPACE, "", "configmaps", ("list", "update", "patch", "delete")),
+    (DATA_NAMESPACE, "", "persistentvolumeclaims", ("get", "list", "create")),
+    (DATA_NAMESPACE, "", "serviceaccounts/token", ("create",)),
+    (OPERATOR_NAMESPACE, "", "secrets", ("get", "list", "create")),
+    (DATA_NAMESPACE, "", "secrets", ("get", "list", "watch")),
+    ("", "", "namespaces", ("get", "list", "create", "delete")),
+    ("", "", "nodes", ("list",)),
+    ("", "apiextensions.k8s.io", "customresourcedefinitions", ("get", "update", "delete")),
+    ("", "rbac.authorization.k8s.io", "clusterroles", ("create", "bind", "escalate")),
+]
+"""What a stolen token must not be able to do: namespace, group, resource, verbs."""
+
+BLOCK = {
+    "apiVersion": "dpmoe.dev/v1alpha1",
+    "kind": "PrivateBlock",
+    "metadata": {"name": "visits"},
+    "spec": {
+        "dataset": {
+            "claim": {"claimName": "visits", "path": "train.tsv"},
+            "format": "tsv",
+            "textColumn": "text",
+            "labelColumn": "label",
+            "units": 10_000,
+        },
+        "budget": {"epsilon": "10", "delta": "1e-6"},
+        "access": [
+            {
+                "namespace": TEAM_NAMESPACE,
+                "models": ["models"],
+                "outputs": [{"claimName": "results"}],
+            }
+        ],
+    },
+}
+JOB = {
+    "apiVersion": "dpmoe.dev/v1alpha1",
+    "kind": "DPMoEJob",
+    "metadata": {"name": "triage"},
+    "spec": {
+        "blocks": {"namespace": DATA_NAMESPACE, "names": ["visits"]},
+        "privacy": {"epsilon": "2", "delta": "1e-6"},
+        "model": {"claim": {"claimName": "models", "path": "tiny"}},
+        "training": {
+            "logicalBatch": 100,
+            "steps": 20,
+            "optimizer": {"learningRate": "1e-3"},
+        },
+        "output": {"claim": {"claimName": "results", "path": "triage"}},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A control plane on which the chart is installed, and its operator's credentials."""
+
+    server: Envtest
+    helm: Helm
+    kubeconfig: Path
+
+    def install(self, namespace: str, *arguments: str, check: bool = True) -> str:
+        """Install the chart; returns what Helm printed."""
+        result = self.helm(
+            "install", "dpmoe", str(CHART), "-n", namespace, *arguments, values=VALUES, check=check
+        )
+        return result.stdout + result.stderr
+
+    def upgrade(self, values: dict[str, Any]) -> None:
+        """Upgrade the release to other values."""
+        release = ("dpmoe", str(CHART), "-n", OPERATOR_NAMESPACE)
+        self.helm("upgrade", *release, values=values)
+
+
+@pytest.fixture(scope="module")
+def installation(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Installation]:
+    if request.config.getoption("--api") == "embedded":
+        pytest.skip("--api=embedded: the embedded API server knows neither Helm nor RBAC")
+    assets = kubernetes_binary("kube-apiserver").parent
+    folder = tmp_path_factory.mktemp("chart")
+    with Envtest(assets, folder / "state") as server:
+        helm = Helm(kubernetes_binary("helm"), folder, server.kubeconfig)
+        asyncio.run(create_namespaces(server.kubeconfig))
+        kubeconfig = folder / "operator.kubeconfig"
+        installation = Installation(server, helm, kubeconfig)
+        installation.install(OPERATOR_NAMESPACE)
+        service_account_kubeconfig(server, OPERATOR_NAMESPACE, "dpmoe-operator", kubeconfig)
+        yield installation
+
+
+async def create_namespaces(kubeconfig: Path) -> None:
+    async with KubeClient(load_access(kubeconfig)) as client:
+        for name in (OPERATOR_NAMESPACE, DATA_NAMESPACE, TEAM_NAMESPACE, OTHER_NAMESPACE):
+            manifest = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
+            await client.create(NAMESPACES, None, manifest)
+
+
+@pytest.fixture
+async def admin(installation: Installation) -> AsyncIterator[KubeClient]:
+    async with KubeClient(load_access(installation.server.kubeconfig)) as client:
+        yield client
+
+
+@pytest.fixture
+async def operator(installation: Installation) -> AsyncIterator[KubeClient]:
+    """A client with the rights of the operator's ServiceAccount."""
+    async with KubeClient(load_access(installation.kubeconfig)) as client:
+        yield client
+
+
+async def allowed(client: KubeClient, namespace: str, calls: Iterable[Call]) -> set[Call]:
+    """Those of the calls that the server says it would allow."""
+
+    async def ask(call: Call) -> tuple[Call, bool]:
+        group, resource, verb = call
+        main, _, subresource = resource.partition("/")
+        attributes = {
+            "namespace": namespace,
+            "group": group,
+            "resource": main,
+            "subresource": subresource,
+            "verb": verb,
+            "name": "dpmoe-operator" if resource == "leases" and verb != "create" else "",
+        }
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": attributes},
+        }
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        answer = await client.raw("POST", path, review)
+        return call, answer["status"]["allowed"]
+
+    return {call for call, yes in await asyncio.gather(*map(ask, calls)) if yes}
+
+
+async def eventually(holds: Callable[[], Awaitable[Any]], what: str, seconds: float = 60) -> Any:
+    """Wait until `holds` is true; a thing that is not there yet counts as not."""
+    for _ in range(int(seconds / 0.1)):
+        try:
+            if answer := await holds():
+                return answer
+        except NotFound:
+            pass
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"never: {what}")
+
+
+async def test_every_call_of_the_operator_is_allowed(operator):
+    await eventually_allowed(operator, DATA_NAMESPACE, DATA)
+    for namespace in ("", DATA_NAMESPACE, TEAM_NAMESPACE, OTHER_NAMESPACE):
+        assert await allowed(operator, namespace, CLUSTER) == CLUSTER
+    assert await allowed(operator, OPERATOR_NAMESPACE, LEDGER) == LEDGER
+
+
+async def test_everything_else_is_refused(operator):
+    for namespace, group, resource, verbs in FORBIDDEN:
+        calls = {(group, resource, verb) for verb in verbs}
+        assert not await allowed(operator, namespace, calls), namespace
+
+
+async def test_refusals_are_real(operator, admin):
+    await admin.create(SECRETS, DATA_NAMESPACE, {"metadata": {"name": "key"}})
+    with pytest.raises(Forbidden):
+        await operator.get(SECRETS, DATA_NAMESPACE, "key")
+    with pytest.raises(Forbidden):
+        await operator.create(PRIVATE_BLOCKS, DATA_NAMESPACE, BLOCK)
+    with pytest.raises(Forbidden):
+        await operator.list(JOBS, OTHER_NAMESPACE)
+
+
+async def eventually_allowed(operator: KubeClient, namespace: str, calls: frozenset[Call]) -> None:
+    """Wait until of the calls in a data namespace just these are allowed.
+
+    The server's authorizer learns of changed roles by a watch of its own.
+    """
+
+    async def heard() -> bool:
+        return await allowed(operator, namespace, DATA) == calls
+
+    await eventually(heard, f"{len(calls)} calls are allowed in {namespace}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def operator_process(installation: Installation, port: int, log: Path) -> subprocess.Popen[bytes]:
+    """The operator as the Deployment would run it, but for the addresses."""
+    manifest = installation.helm("get", "manifest", "dpmoe", "-n", OPERATOR_NAMESPACE).stdout
+    deployment = only(list(yaml.safe_load_all(manifest)), "Deployment", "dpmoe-operator")
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    variables = {v["name"]: v.get("value", OPERATOR_NAMESPACE) for v in container["env"]}
+    variables |= {
+        "KUBECONFIG": str(installation.kubeconfig),
+        "DPMOE_LIVENESS": f"http://127.0.0.1:{port}/healthz",
+    }
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dpmoe_operator.cli.main", *container["args"]],
+            env=os.environ | variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+async def test_the_operator_works_with_these_rights(installation, admin, tmp_path):
+    log, port = tmp_path / "operator.log", free_port()
+    process = operator_process(installation, port, log)
+    try:
+        await admin.create(PRIVATE_BLOCKS, DATA_NAMESPACE, BLOCK)
+        await admin.create(DPMOE_JOBS, TEAM_NAMESPACE, JOB)
+
+        async def released() -> Any:
+            assert process.poll() is None, log.read_text()
+            jobs, _ = await admin.list(JOBS, DATA_NAMESPACE)
+            return [job for job in jobs if not job["spec"]["suspend"]]
+
+        async def projected() -> Any:
+            block = await admin.get(PRIVATE_BLOCKS, DATA_NAMESPACE, "visits")
+            job = await admin.get(DPMOE_JOBS, TEAM_NAMESPACE, "triage")
+            return block.get("status", {}).get("state") and job.get("status", {}).get("state")
+
+        async def announced() -> Any:
+            events, _ = await admin.list(EVENTS, TEAM_NAMESPACE)
+            return [e for e in events if e["regarding"]["name"] == "triage"]
+
+        [job] = await eventually(released, "the job is launched")
+        name = job["metadata"]["name"]
+        for resource in (CONFIG_MAPS, SERVICES, NETWORK_POLICIES):
+            await admin.get(resource, DATA_NAMESPACE, name)
+        await eventually(projected, "block and job have a state")
+        await eventually(announced, "an event tells of it")
+        assert await asyncio.to_thread(is_healthy, port)
+
+        await admin.delete(DPMOE_JOBS, TEAM_NAMESPACE, "triage")
+
+        async def removed() -> bool:
+            jobs, _ = await admin.list(JOBS, DATA_NAMESPACE)
+            return not jobs
+
+        await eventually(removed, "what was launched is removed with its job")
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 30) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "forbidden" not in log.read_text().lower()
+    assert (await admin.list(LEDGER_ENTRIES, OPERATOR_NAMESPACE))[0]
+
+
+async def open_account(operator: KubeClient) -> str:
+    """Append an entry to the ledger, as the operator does; returns its name."""
+    store = KubeEntryStore(operator, OPERATOR_NAMESPACE)
+    ledger = Ledger(store, namespace=OPERATOR_NAMESPACE, writer="test")
+    await ledger.load()
+    block = ObjectReference(namespace=DATA_NAMESPACE, name="kept", uid="u")
+    opened = AccountOpened(
+        account=f"claim://{DATA_NAMESPACE}/kept/rows.tsv",
+        block=block,
+        unit="example",
+        epsilon="1",
+        delta="1e-6",
+        conversion="tight",
+        orders=["8"],
+        capacity=[10**9],
+    )
+    return await ledger.append([Record(account_opened=opened)], time="2026-01-01T00:00:00Z")
+
+
+async def test_the_ledger_outlives_the_release(installation, operator, admin):
+    entry = await open_account(operator)
+    with pytest.raises(Forbidden):
+        await operator.delete(LEDGER_ENTRIES, OPERATOR_NAMESPACE, entry)
+
+    installation.upgrade({"dataNamespaces": [DATA_NAMESPACE, OTHER_NAMESPACE]})
+    await eventually_allowed(operator, OTHER_NAMESPACE, DATA)
+    installation.upgrade(VALUES)
+    await eventually_allowed(operator, OTHER_NAMESPACE, frozenset())
+
+    installation.helm("uninstall", "dpmoe", "-n", OPERATOR_NAMESPACE)
+    await eventually_allowed(operator, DATA_NAMESPACE, frozenset())
+    definitions, _ = await admin.list(CUSTOM_RESOURCE_DEFINITIONS)
+    assert len([d for d in definitions if d["spec"]["group"] == "dpmoe.dev"]) == 3
+    kept = await admin.get(LEDGER_ENTRIES, OPERATOR_NAMESPACE, entry)
+
+    # In another namespace the ledger would be empty, and all the budget there again.
+    refused = installation.install(OTHER_NAMESPACE, check=False)
+    assert f'must equal "{OTHER_NAMESPACE}"' in refused
+    installation.install(OPERATOR_NAMESPACE)
+    assert await admin.get(LEDGER_ENTRIES, OPERATOR_NAMESPACE, entry) == kept
+
+
+def test_a_second_operator_in_the_cluster_is_refused(installation):
+    refused = installation.install(OTHER_NAMESPACE, "--set", "crds.install=false", check=False)
+    assert 'ClusterRole "dpmoe-operator"' in refused
+    assert "exists and cannot be imported" in refused
+
+
+def test_the_block_in_the_notes_is_accepted(installation):
+    notes = installation.helm("get", "notes", "dpmoe", "-n", OPERATOR_NAMESPACE).stdout
+    manifest = notes.split("<<'EOF'\n")[1].split("  EOF\n")[0]
+    command = [str(kubectl_binary()), f"--kubeconfig={installation.server.kubeconfig}"]
+    result = subprocess.run(
+        [*command, "apply", "--dry-run=server", "-f", "-"],
+        input=manifest,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "privateblock.dpmoe.dev/reviews-2025 created (server dry run)" in result.stdout

@@ -1,0 +1,105 @@
+"""Noise: its distribution, and what it depends on."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from dpmoe_trainer.dp.noise import _BLOCK, NoiseKey, add_noise, standard_normal
+
+KEY = NoiseKey(bytes(range(32)))
+SIGMA, CLIP = 1.7, 0.25
+
+
+def noise_of(shape, name="layer.weight", key=KEY, step=0, **settings):
+    zero = {name: torch.zeros(shape, dtype=torch.float64)}
+    return add_noise(zero, SIGMA, CLIP, key, step, **settings)[name]
+
+
+def test_it_is_normal_with_standard_deviation_sigma_times_c():
+    noise = noise_of((300, 400)).flatten() / (SIGMA * CLIP)
+    assert stats.kstest(noise.numpy(), "norm").pvalue > 0.01
+    assert float(noise.std()) == pytest.approx(1, abs=4 / math.sqrt(2 * noise.numel()))
+    lagged = float((noise[1:] * noise[:-1]).mean())
+    assert abs(lagged) < 4 / math.sqrt(noise.numel())
+
+
+def test_every_expert_gets_it_whether_tokens_reached_it_or_not():
+    sums = {
+        "layers.0.experts.up_proj": torch.zeros(4, 60, 70),
+        "layers.0.experts.up_proj_bias": torch.zeros(4, 3000),
+        "classifier.weight": torch.zeros(50, 60),
+    }
+    sums["layers.0.experts.up_proj"][1] = 5.0  # The one expert that was hit.
+    noised = add_noise(sums, SIGMA, CLIP, KEY, 3)
+    assert noised.keys() == sums.keys()
+    for name, gradient in sums.items():
+        for noise in (noised[name] - gradient).flatten(1):
+            error = 4 * SIGMA * CLIP / math.sqrt(2 * noise.numel())
+            assert float(noise.std()) == pytest.approx(SIGMA * CLIP, abs=max(error, 0.15))
+            assert noise.count_nonzero() == noise.numel()
+
+
+def test_no_two_streams_are_correlated():
+    streams = [
+        *noise_of((3, 5000), name="layers.0.experts.up_proj"),
+        *noise_of((3, 5000), name="layers.1.experts.up_proj"),
+        *noise_of((3, 5000), name="layers.0.experts.up_proj", step=1),
+        noise_of((5000,), name="layers.0.router.weight"),
+        noise_of((5000,), name="layers.0.router.weight", key=NoiseKey()),
+        torch.from_numpy(KEY.uniform(5000, "poisson draw", 0)),
+    ]
+    correlations = torch.corrcoef(torch.stack(streams)).fill_diagonal_(0)
+    assert correlations.abs().max() < 5 / math.sqrt(5000)
+
+
+def test_the_same_context_gives_the_same_noise():
+    assert torch.equal(noise_of((7, 9)), noise_of((7, 9)))
+    assert not torch.equal(noise_of((7, 9)), noise_of((7, 9), key=NoiseKey()))
+
+
+def test_it_does_not_depend_on_the_sums_or_on_the_other_parameters():
+    one = {"a": torch.randn(8, dtype=torch.float64)}
+    two = {"b": torch.zeros(3), "a": torch.randn(8, dtype=torch.float64)}
+    noise_one = add_noise(one, SIGMA, CLIP, KEY, 0)["a"] - one["a"]
+    noise_two = add_noise(two, SIGMA, CLIP, KEY, 0)["a"] - two["a"]
+    assert torch.allclose(noise_one, noise_two, rtol=0, atol=1e-14)
+
+
+def test_sharding_by_expert_changes_nothing():
+    name = "layers.0.experts.down_proj"
+    whole = noise_of((6, 4, 5), name=name)
+    low = noise_of((2, 4, 5), name=name)
+    high = noise_of((4, 4, 5), name=name, first_expert=2)
+    assert torch.equal(whole, torch.cat([low, high]))
+
+
+def test_long_parameters_are_drawn_in_independent_blocks():
+    noise = standard_normal(_BLOCK + 5001, KEY, "x")
+    assert noise.shape == (_BLOCK + 5001,)
+    tail, head = noise[_BLOCK:], noise[:5001]
+    assert abs(float(torch.corrcoef(torch.stack([tail, head]))[0, 1])) < 5 / math.sqrt(5001)
+    assert torch.equal(standard_normal(10, KEY, "x", 1), standard_normal(10, KEY, "x", 1))
+
+
+def test_the_gradients_are_not_changed_in_place_and_keep_their_type():
+    gradient = torch.ones(5)
+    noised = add_noise({"a": gradient}, SIGMA, CLIP, KEY, 0)["a"]
+    assert gradient.eq(1).all()
+    assert noised.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_noise_that_protects_nothing_is_refused(value):
+    with pytest.raises(ValueError, match="noise_multiplier"):
+        add_noise({}, value, CLIP, KEY, 0)
+    with pytest.raises(ValueError, match="clipping_norm"):
+        add_noise({}, SIGMA, value, KEY, 0)
+
+
+def test_keys_are_fresh_whole_and_not_shown():
+    assert NoiseKey().secret != NoiseKey().secret
+    assert str(KEY) == repr(KEY) == "NoiseKey()"
+    with pytest.raises(ValueError, match="32 bytes"):
+        NoiseKey(b"short")

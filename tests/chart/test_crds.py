@@ -1,9 +1,10 @@
 """The chart's CustomResourceDefinitions are those of crds/, and outlive the release."""
 
 import json
+from pathlib import Path
 
 import pytest
-from tests.chart.helm import CHART, ROOT, Manifest
+from tests.chart.helm import CHART, ROOT, Helm, Manifest
 
 from dpmoe_operator.api.crd import all_definitions
 from dpmoe_operator.cli.crds import render
@@ -15,20 +16,20 @@ def definitions(manifests: list[Manifest]) -> dict[str, Manifest]:
     return {m["spec"]["names"]["plural"]: m for m in manifests if m["kind"] == KIND}
 
 
-@pytest.mark.parametrize("folder", [ROOT / "crds", CHART / "files" / "crds"], ids=str)
-def test_generated_files_are_up_to_date(folder):
+@pytest.mark.parametrize("folder", [ROOT / "crds", CHART / "files" / "crds"], ids=["crds", "chart"])
+def test_generated_files_are_up_to_date(folder: Path) -> None:
     files = {path.name: path.read_text() for path in folder.iterdir()}
     assert files == render(), "run `make crds`"
 
 
-def test_rendered_definitions_are_the_generated_ones(helm):
+def test_rendered_definitions_are_the_generated_ones(helm: Helm) -> None:
     rendered = definitions(helm.render({"crds": {"keep": False}}))
     # As JSON: in Python 5.0 == 5, but the API server takes no 5.0 for an integer.
     expected = json.dumps(all_definitions(), sort_keys=True)
     assert json.dumps(rendered, sort_keys=True) == expected
 
 
-def test_uninstalling_keeps_them_by_default(default):
+def test_uninstalling_keeps_them_by_default(default: list[Manifest]) -> None:
     kept = definitions(default)
     assert len(kept) == 3
     for definition in kept.values():
@@ -36,5 +37,5 @@ def test_uninstalling_keeps_them_by_default(default):
     assert kept == all_definitions()
 
 
-def test_they_can_be_installed_by_something_else(helm):
+def test_they_can_be_installed_by_something_else(helm: Helm) -> None:
     assert not definitions(helm.render({"crds": {"install": False}}))

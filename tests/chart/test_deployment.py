@@ -1,11 +1,13 @@
 """The operator's Deployment: restricted, and configured by variables that the operator reads."""
 
+from typing import Any
+
 import pytest
 import typer
 from tests.chart.conftest import FULL
 from tests.chart.helm import Manifest, only
 
-from dpmoe_operator.cli.operator import operator
+from dpmoe_operator.cli.main import app
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.kube.operator import LEASE_NAME
 from dpmoe_trainer.contract import PROGRESS_PORT
@@ -14,31 +16,34 @@ DEFAULTS = Settings(namespace="", trainer_image="")
 
 
 def pod(manifests: list[Manifest]) -> Manifest:
-    return only(manifests, "Deployment", "dpmoe-operator")["spec"]["template"]["spec"]
+    spec: Manifest = only(manifests, "Deployment", "dpmoe-operator")["spec"]["template"]["spec"]
+    return spec
 
 
 def container(manifests: list[Manifest]) -> Manifest:
-    [only_one] = pod(manifests)["containers"]
-    return only_one
+    containers: list[Manifest] = pod(manifests)["containers"]
+    [operator] = containers
+    return operator
 
 
-def parameters(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+def parameters(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `dpmoe operator` understands of the container's arguments and variables."""
     spec = container(manifests)
     monkeypatch.delenv("KUBECONFIG", raising=False)
     for variable in spec["env"]:
         value = variable.get("value", "from-the-field")
         monkeypatch.setenv(variable["name"], value)
-    app = typer.Typer()
-    app.command("operator")(operator)
-    app.command("other")(lambda: None)
-    command = typer.main.get_command(app).commands[spec["args"][0]]
+    group: Any = typer.main.get_command(app)
+    command = group.commands[spec["args"][0]]
     known = {option.envvar for option in command.params}
     assert {variable["name"] for variable in spec["env"]} <= known
-    return command.make_context("operator", list(spec["args"][1:])).params
+    understood: dict[str, Any] = command.make_context("operator", list(spec["args"][1:])).params
+    return understood
 
 
-def test_the_operator_understands_what_the_default_values_say(default, monkeypatch):
+def test_the_operator_understands_what_the_default_values_say(
+    default: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert parameters(default, monkeypatch) == {
         "namespace": "from-the-field",
         "trainer_image": "ghcr.io/dpmoe/trainer:0.1.0",
@@ -52,7 +57,9 @@ def test_the_operator_understands_what_the_default_values_say(default, monkeypat
     }
 
 
-def test_the_operator_understands_what_other_values_say(full, monkeypatch):
+def test_the_operator_understands_what_other_values_say(
+    full: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
     understood = parameters(full, monkeypatch)
     assert understood["trainer_image"] == "registry.example/trainer:1.2"
     assert understood["policy"] == "fcfs"
@@ -61,18 +68,18 @@ def test_the_operator_understands_what_other_values_say(full, monkeypatch):
     assert list(understood["storage_cidr"]) == ["10.1.0.0/16", "fd00::/8"]
 
 
-def test_the_ledger_is_in_the_pods_own_namespace(full):
+def test_the_ledger_is_in_the_pods_own_namespace(full: list[Manifest]) -> None:
     [variable] = [v for v in container(full)["env"] if v["name"] == "DPMOE_NAMESPACE"]
     assert variable["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.namespace"}}
     assert only(full, "Deployment", "dpmoe-operator")["metadata"]["namespace"] == "privacy"
 
 
-def test_a_digest_goes_before_a_tag(default, full):
+def test_a_digest_goes_before_a_tag(default: list[Manifest], full: list[Manifest]) -> None:
     assert container(default)["image"] == "ghcr.io/dpmoe/operator:0.1.0"
     assert container(full)["image"] == f"registry.example:5000/dpmoe/operator@sha256:{'a' * 64}"
 
 
-def test_the_pod_passes_the_restricted_security_standard(full):
+def test_the_pod_passes_the_restricted_security_standard(full: list[Manifest]) -> None:
     for each in (pod(full), container(full)):
         assert not set(each) & {"hostNetwork", "hostPID", "hostIPC", "hostAliases"}
     assert pod(full)["securityContext"] == {
@@ -91,12 +98,14 @@ def test_the_pod_passes_the_restricted_security_standard(full):
     assert "volumes" not in pod(full)
 
 
-def test_one_operator_at_a_time(full):
+def test_one_operator_at_a_time(full: list[Manifest]) -> None:
     spec = only(full, "Deployment", "dpmoe-operator")["spec"]
     assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
 
 
-def test_probes_ask_what_the_operator_serves(default, monkeypatch):
+def test_probes_ask_what_the_operator_serves(
+    default: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
     liveness = parameters(default, monkeypatch)["liveness"]
     [port] = container(default)["ports"]
     for probe in ("startupProbe", "livenessProbe"):
@@ -105,12 +114,12 @@ def test_probes_ask_what_the_operator_serves(default, monkeypatch):
         assert liveness == f"http://0.0.0.0:{port['containerPort']}{get['path']}"
 
 
-def test_trainers_network_policies_know_the_operator_by_its_labels(full):
+def test_trainers_network_policies_know_the_operator_by_its_labels(full: list[Manifest]) -> None:
     template = only(full, "Deployment", "dpmoe-operator")["spec"]["template"]
     assert dict(DEFAULTS.progress_labels).items() <= template["metadata"]["labels"].items()
 
 
-def test_selectors_select_the_operator(full):
+def test_selectors_select_the_operator(full: list[Manifest]) -> None:
     labels = only(full, "Deployment", "dpmoe-operator")["spec"]["template"]["metadata"]["labels"]
     for kind, field in (
         ("Deployment", "selector"),
@@ -121,7 +130,7 @@ def test_selectors_select_the_operator(full):
         assert selector.items() <= labels.items(), kind
 
 
-def test_the_network_policy_lets_the_operator_work_and_no_more(full):
+def test_the_network_policy_lets_the_operator_work_and_no_more(full: list[Manifest]) -> None:
     spec = only(full, "NetworkPolicy", "dpmoe-operator")["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     assert spec["ingress"] == []
@@ -138,7 +147,7 @@ def test_the_network_policy_lets_the_operator_work_and_no_more(full):
     assert to["podSelector"] == {"matchLabels": {"app.kubernetes.io/managed-by": "dpmoe"}}
 
 
-def test_placement_and_pull_secrets_are_passed_on(full):
+def test_placement_and_pull_secrets_are_passed_on(full: list[Manifest]) -> None:
     spec = pod(full)
     assert spec["imagePullSecrets"] == [{"name": "registry"}]
     assert container(full)["imagePullPolicy"] == "Always"
@@ -147,12 +156,12 @@ def test_placement_and_pull_secrets_are_passed_on(full):
         assert spec[field] == FULL[field]
 
 
-def test_what_is_off_is_absent(default):
+def test_what_is_off_is_absent(default: list[Manifest]) -> None:
     kinds = {manifest["kind"] for manifest in default}
     assert not kinds & {"NetworkPolicy", "PodDisruptionBudget", "Secret", "Namespace"}
 
 
-def test_the_role_names_the_lease_that_the_operator_takes(default):
+def test_the_role_names_the_lease_that_the_operator_takes(default: list[Manifest]) -> None:
     rules = only(default, "Role", "dpmoe-operator-ledger")["rules"]
     names = {name for rule in rules for name in rule.get("resourceNames", [])}
     assert names == {LEASE_NAME}

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 from tests.chart.calls import CLUSTER, DATA, LEDGER, Call
-from tests.chart.helm import Manifest, only
+from tests.chart.helm import Helm, Manifest, only
 
 READ = frozenset({"get", "list", "watch"})
 WRITE = frozenset({"create", "update", "patch", "delete"})
@@ -31,20 +31,20 @@ def roles(manifests: Iterable[Manifest]) -> list[Manifest]:
     return [m for m in manifests if m["kind"] in ("Role", "ClusterRole")]
 
 
-def test_the_operator_may_call_what_it_calls_and_nothing_else(full):
+def test_the_operator_may_call_what_it_calls_and_nothing_else(full: list[Manifest]) -> None:
     assert calls(only(full, "ClusterRole", "dpmoe-operator")) == CLUSTER
     assert calls(only(full, "Role", "dpmoe-operator-ledger", "privacy")) == LEDGER
     for namespace in ("clinic-data", "shop-data"):
         assert calls(only(full, "Role", "dpmoe-operator-data", namespace)) == DATA
 
 
-def test_no_data_namespace_no_right_to_launch(default):
+def test_no_data_namespace_no_right_to_launch(default: list[Manifest]) -> None:
     assert {role["metadata"]["name"] for role in default if role["kind"] == "Role"} == {
         "dpmoe-operator-ledger"
     }
 
 
-def test_only_its_own_lease_may_be_read_and_written(default):
+def test_only_its_own_lease_may_be_read_and_written(default: list[Manifest]) -> None:
     rules = only(default, "Role", "dpmoe-operator-ledger")["rules"]
     by_verb = {
         verb: rule.get("resourceNames")
@@ -55,7 +55,7 @@ def test_only_its_own_lease_may_be_read_and_written(default):
     assert by_verb == {"get": ["dpmoe-operator"], "update": ["dpmoe-operator"], "create": None}
 
 
-def test_every_binding_of_the_operator_names_its_service_account(full):
+def test_every_binding_of_the_operator_names_its_service_account(full: list[Manifest]) -> None:
     account = only(full, "ServiceAccount", "dpmoe-operator")["metadata"]
     subject = {"kind": "ServiceAccount", "name": account["name"], "namespace": "privacy"}
     bindings = [m for m in full if m["kind"].endswith("Binding")]
@@ -77,7 +77,7 @@ def test_every_binding_of_the_operator_names_its_service_account(full):
         assert same["metadata"].get("namespace") == binding["metadata"].get("namespace")
 
 
-def test_nothing_is_granted_by_wildcard_and_secrets_and_exec_never(full):
+def test_nothing_is_granted_by_wildcard_and_secrets_and_exec_never(full: list[Manifest]) -> None:
     for role in roles(full):
         name = role["metadata"]["name"]
         for group, resource, verb in calls(role):
@@ -89,14 +89,14 @@ def test_nothing_is_granted_by_wildcard_and_secrets_and_exec_never(full):
 
 
 @pytest.mark.parametrize("name", PEOPLE)
-def test_roles_for_people(default, name):
+def test_roles_for_people(default: list[Manifest], name: str) -> None:
     expected = {
         ("dpmoe.dev", resource, verb) for resource, verbs in PEOPLE[name].items() for verb in verbs
     }
     assert calls(only(default, "ClusterRole", name)) == expected
 
 
-def test_only_the_operator_writes_statuses_and_ledger_entries(full):
+def test_only_the_operator_writes_statuses_and_ledger_entries(full: list[Manifest]) -> None:
     for role in roles(full):
         if role["metadata"]["name"].startswith("dpmoe-operator"):
             continue
@@ -117,7 +117,9 @@ def aggregated(manifests: Iterable[Manifest]) -> dict[str, list[str]]:
     }
 
 
-def test_the_clusters_own_roles_take_over_jobs_but_no_budget(helm, default):
+def test_the_clusters_own_roles_take_over_jobs_but_no_budget(
+    helm: Helm, default: list[Manifest]
+) -> None:
     into = aggregated(default)
     assert into.pop("dpmoe-viewer") == ["view"]
     assert into.pop("dpmoe-editor") == ["edit"]

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import yaml
 from tests.chart.conftest import FULL
-from tests.chart.helm import CHART
+from tests.chart.helm import CHART, Helm
 
 from dpmoe_operator.scheduling.policies import POLICIES
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown value": ({"extraEnv": []}, "extraEnv"),
     "unknown nested value": ({"image": {"name": "x"}}, "name"),
     "one namespace as a string": ({"dataNamespaces": "clinic"}, "dataNamespaces"),
@@ -41,29 +41,27 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_with_the_fields_name(helm, case):
+def test_refused_with_the_fields_name(helm: Helm, case: str) -> None:
     values, field = REFUSED[case]
     result = helm("template", "dpmoe", str(CHART), values=values, check=False)
     assert result.returncode != 0
     assert field in result.stderr
 
 
-def test_lint(helm):
+def test_lint(helm: Helm) -> None:
     helm("lint", "--strict", str(CHART))
     helm("lint", "--strict", str(CHART), values=FULL)
 
 
-def test_kubernetes_versions(helm):
-    def template(version: str, **options: bool) -> Any:
-        return helm("template", "dpmoe", str(CHART), "--kube-version", version, **options)
-
-    template("1.30.5-gke.100")
-    refused = template("1.29.9", check=False)
+def test_kubernetes_versions(helm: Helm) -> None:
+    template = ("template", "dpmoe", str(CHART), "--kube-version")
+    helm(*template, "1.30.5-gke.100")
+    refused = helm(*template, "1.29.9", check=False)
     assert refused.returncode != 0
     assert "1.29.9" in refused.stderr
 
 
-def test_the_schema_names_the_policies_that_exist():
+def test_the_schema_names_the_policies_that_exist() -> None:
     assert set(SCHEMA["properties"]["scheduling"]["properties"]["policy"]["enum"]) == set(POLICIES)
 
 
@@ -77,7 +75,7 @@ def objects(schema: Any) -> list[dict[str, Any]]:
     return own + [found for value in schema.values() for found in objects(value)]
 
 
-def test_no_object_takes_unknown_fields():
+def test_no_object_takes_unknown_fields() -> None:
     open_ones = [o for o in objects(SCHEMA) if o.get("additionalProperties") in (None, True)]
     assert open_ones == [SCHEMA["properties"]["global"]]
 
@@ -97,17 +95,17 @@ def fields(schema: dict[str, Any], prefix: str = "") -> list[str]:
     return [field for key, value in nested for field in fields(value, f"{prefix}/{key}")]
 
 
-def test_values_and_schema_know_the_same_fields():
+def test_values_and_schema_know_the_same_fields() -> None:
     assert sorted(leaves(VALUES)) == sorted(set(fields(SCHEMA)) - {"/global"})
 
 
-def test_every_value_is_documented():
+def test_every_value_is_documented() -> None:
     text = (CHART / "values.yaml").read_text()
     documented = re.findall(r"# -- .*\n(?: *# .*\n)* *(\w+):", text)
     assert Counter(documented) == Counter(leaf.rsplit("/", 1)[1] for leaf in leaves(VALUES))
 
 
-def test_the_notes_say_what_to_do_next(helm):
+def test_the_notes_say_what_to_do_next(helm: Helm) -> None:
     def notes(values: dict[str, Any]) -> str:
         install = ("install", "dpmoe", str(CHART), "--dry-run=client", "-n", "privacy")
         return helm(*install, values=values).stdout.split("NOTES:")[1]

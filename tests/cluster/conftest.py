@@ -131,7 +131,8 @@ def _parse(content: bytes) -> Any:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "api" not in metafunc.fixturenames:
+    fixture = next((name for name in ("api", "world") if name in metafunc.fixturenames), None)
+    if fixture is None:
         return
     choice = metafunc.config.getoption("--api")
     servers = [
@@ -139,7 +140,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param("envtest", marks=pytest.mark.envtest),
     ]
     chosen = [each for each in servers if choice in ("both", each.values[0])]
-    metafunc.parametrize("api", chosen, indirect=True, scope="session")
+    metafunc.parametrize(fixture, chosen, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -151,7 +152,7 @@ def api(
     if request.param == "embedded":
         yield from _embedded(folder)
     else:
-        with Envtest(_assets(), folder / "state") as server:
+        with Envtest(assets(), folder / "state") as server:
             yield ApiServer("envtest", server.url, server.token, server.kubeconfig, server.ca_file)
 
 
@@ -159,9 +160,10 @@ def _embedded(folder: Path) -> Iterator[ApiServer]:
     kubeconfig = folder / "kubeconfig"
     command = [sys.executable, "-m", "dpmoe_operator.local.apiserver", "--kubeconfig"]
     process = subprocess.Popen([*command, str(kubeconfig)], stdout=subprocess.PIPE, text=True)
+    output = process.stdout
+    assert output is not None
     try:
-        assert process.stdout is not None
-        ready = process.stdout.readline()
+        ready = output.readline()
         assert ready.startswith("ready: "), ready
         url = ready.split()[1]
         config = yaml.safe_load(kubeconfig.read_text())
@@ -170,10 +172,10 @@ def _embedded(folder: Path) -> Iterator[ApiServer]:
     finally:
         process.terminate()
         process.wait(timeout=10)
-        process.stdout.close()
+        output.close()
 
 
-def _assets() -> Path:
+def assets() -> Path:
     """The folder with Kubernetes' binaries. Without one, tests are skipped, but never in CI."""
     folder = os.environ.get("KUBEBUILDER_ASSETS")
     if folder:

@@ -55,6 +55,11 @@ def test_the_core_group_is_discovered(http):
     assert found["namespaces"]["namespaced"] is False
 
 
+@pytest.mark.parametrize("path", ["/version", "/api", "/api/v1", "/apis", "/apis/batch"])
+def test_discovery_may_end_with_a_slash(http, path):
+    assert http.get(f"{path}/").keys() == http.get(path).keys()
+
+
 @pytest.mark.parametrize(
     ("group_version", "plural", "kind"),
     [

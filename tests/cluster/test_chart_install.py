@@ -216,20 +216,20 @@ async def eventually(holds: Callable[[], Awaitable[Any]], what: str, seconds: fl
     raise AssertionError(f"never: {what}")
 
 
-async def test_every_call_of_the_operator_is_allowed(operator):
+async def test_every_call_of_the_operator_is_allowed(operator: KubeClient) -> None:
     await eventually_allowed(operator, DATA_NAMESPACE, DATA)
     for namespace in ("", DATA_NAMESPACE, TEAM_NAMESPACE, OTHER_NAMESPACE):
         assert await allowed(operator, namespace, CLUSTER) == CLUSTER
     assert await allowed(operator, OPERATOR_NAMESPACE, LEDGER) == LEDGER
 
 
-async def test_everything_else_is_refused(operator):
+async def test_everything_else_is_refused(operator: KubeClient) -> None:
     for namespace, group, resource, verbs in FORBIDDEN:
         calls = {(group, resource, verb) for verb in verbs}
         assert not await allowed(operator, namespace, calls), namespace
 
 
-async def test_refusals_are_real(operator, admin):
+async def test_refusals_are_real(operator: KubeClient, admin: KubeClient) -> None:
     await admin.create(SECRETS, DATA_NAMESPACE, {"metadata": {"name": "key"}})
     with pytest.raises(Forbidden):
         await operator.get(SECRETS, DATA_NAMESPACE, "key")
@@ -284,7 +284,9 @@ def is_healthy(port: int) -> bool:
         return False
 
 
-async def test_the_operator_works_with_these_rights(installation, admin, tmp_path):
+async def test_the_operator_works_with_these_rights(
+    installation: Installation, admin: KubeClient, tmp_path: Path
+) -> None:
     log, port = tmp_path / "operator.log", free_port()
     process = operator_process(installation, port, log)
     try:
@@ -348,7 +350,9 @@ async def open_account(operator: KubeClient) -> str:
     return await ledger.append([Record(account_opened=opened)], time="2026-01-01T00:00:00Z")
 
 
-async def test_the_ledger_outlives_the_release(installation, operator, admin):
+async def test_the_ledger_outlives_the_release(
+    installation: Installation, operator: KubeClient, admin: KubeClient
+) -> None:
     entry = await open_account(operator)
     with pytest.raises(Forbidden):
         await operator.delete(LEDGER_ENTRIES, OPERATOR_NAMESPACE, entry)
@@ -371,13 +375,13 @@ async def test_the_ledger_outlives_the_release(installation, operator, admin):
     assert await admin.get(LEDGER_ENTRIES, OPERATOR_NAMESPACE, entry) == kept
 
 
-def test_a_second_operator_in_the_cluster_is_refused(installation):
+def test_a_second_operator_in_the_cluster_is_refused(installation: Installation) -> None:
     refused = installation.install(OTHER_NAMESPACE, "--set", "crds.install=false", check=False)
     assert 'ClusterRole "dpmoe-operator"' in refused
     assert "exists and cannot be imported" in refused
 
 
-def test_the_block_in_the_notes_is_accepted(installation):
+def test_the_block_in_the_notes_is_accepted(installation: Installation) -> None:
     notes = installation.helm("get", "notes", "dpmoe", "-n", OPERATOR_NAMESPACE).stdout
     manifest = notes.split("<<'EOF'\n")[1].split("  EOF\n")[0]
     command = [str(kubectl_binary()), f"--kubeconfig={installation.server.kubeconfig}"]

@@ -255,7 +255,7 @@ def test_environment_and_volumes_come_from_the_api(
             {"name": "data", "mountPath": "/data"},
             {"name": "scratch", "mountPath": "/tmp"},
         ],
-        "workingDir": "/work",
+        "workingDir": "/folder",
     }
     volumes = [
         {"name": "plan", "configMap": {"name": "plan"}},
@@ -272,7 +272,7 @@ def test_environment_and_volumes_come_from_the_api(
     files, cwd, _, *environment = log(pod).splitlines()
     variables = dict(line.partition("=")[::2] for line in environment)
     assert files == "{}private rows"
-    assert cwd == variables["DPMOE_ROOT"] + "/work"
+    assert cwd == variables["DPMOE_ROOT"] + "/folder"
     assert (variables["NAME"], variables["KEY"]) == ("p", "value")
     assert variables["FROM_IMAGE"] == "yes"
     assert variables["HOME"].startswith(variables["DPMOE_ROOT"])

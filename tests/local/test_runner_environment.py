@@ -2,6 +2,7 @@
 
 import base64
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,10 +203,11 @@ def test_a_wrong_image_table_is_named(tmp_path: Path, table: str) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> PodFolder:
+def folder(tmp_path: Path) -> Iterator[PodFolder]:
     made = PodFolder(tmp_path / "pod", tmp_path / "claims")
     made.create()
-    return made
+    yield made
+    made.remove()
 
 
 def test_volumes_appear_where_they_are_mounted(folder: PodFolder, tmp_path: Path) -> None:

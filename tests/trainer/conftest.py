@@ -33,6 +33,11 @@ def tokenizer_of(words: list[str]) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def fast_tokenizer() -> PreTrainedTokenizerFast:
+    return tokenizer_of(WORDS)
+
+
+@pytest.fixture(scope="session")
 def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixtral")
     tokenizer = tokenizer_of(WORDS)

@@ -94,6 +94,19 @@ class Cached(nn.Module):
         return logits @ self.view + 0 * F.linear(logits, self.weight)
 
 
+class Overwriting(nn.Module):
+    """Changes its layer's input after the layer has read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, logits):
+        output = self.layer(logits)
+        logits.mul_(2)
+        return output
+
+
 class Attended(nn.Module):
     def __init__(self):
         super().__init__()
@@ -121,6 +134,13 @@ def test_a_parameter_without_a_rule_is_named(head, name):
         clipped_sum(model, batch(), 1.0)
     model.head.requires_grad_(False)
     clipped_sum(model, batch(), 1.0)
+
+
+def test_a_changed_input_is_found():
+    model = bert(WithHeadForSequenceClassification)
+    model.head = Overwriting()
+    with pytest.raises(NotPerSample, match="in place"):
+        clipped_sum(model, batch(), 1.0)
 
 
 def test_a_refusal_leaves_the_model_usable():
@@ -213,7 +233,7 @@ def test_batches_must_have_labels_and_one_row_a_sample():
     del given["labels"]
     with pytest.raises(NotPerSample, match="labels"):
         clipped_sum(bert(), given, 1.0)
-    with pytest.raises(NotPerSample, match="token_type_ids has 1 rows"):
+    with pytest.raises(NotPerSample, match="token_type_ids has not as many rows"):
         clipped_sum(bert(), batch(token_type_ids=torch.zeros(1, 5, dtype=torch.long)), 1.0)
 
 

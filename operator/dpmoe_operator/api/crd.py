@@ -37,6 +37,10 @@ def _rewrite(node: Json, definitions: Json) -> Json:
             result[key] = {name: _rewrite(child, definitions) for name, child in value.items()}
         elif key == "items" or (key == "additionalProperties" and isinstance(value, dict)):
             result[key] = _rewrite(value, definitions)
+        elif key == "patternProperties":
+            # Keys that match a pattern: the API server knows no such thing, the operator checks.
+            (child,) = value.values()
+            result["additionalProperties"] = _rewrite(child, definitions)
         elif key == "const":
             result["enum"] = [value]
         elif key == "default":

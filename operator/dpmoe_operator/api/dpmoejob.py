@@ -35,7 +35,7 @@ from dpmoe_operator.api.base import (
     positive,
     refuse_parent_steps,
 )
-from dpmoe_operator.api.privateblock import AmountText, HuggingFaceId
+from dpmoe_operator.api.privateblock import AmountText, HuggingFaceId, Revision
 
 KIND = "DPMoEJob"
 PLURAL = "dpmoejobs"
@@ -100,7 +100,7 @@ class HuggingFaceModel(ApiModel):
     """A model of the Hugging Face hub, by id."""
 
     id: HuggingFaceId
-    revision: Annotated[str, Field(max_length=128)] | None = None
+    revision: Revision | None = None
 
 
 class Upcycle(ApiModel):

@@ -47,6 +47,8 @@ HuggingFaceId = Annotated[
     Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=128),
 ]
 
+Revision = Annotated[str, Field(min_length=1, max_length=128)]
+
 
 class ClaimSource(ApiModel):
     """A file on a PersistentVolumeClaim in the block's namespace."""
@@ -59,7 +61,7 @@ class HuggingFaceSource(ApiModel):
     """A dataset of the Hugging Face hub, by id."""
 
     id: HuggingFaceId
-    revision: Annotated[str, Field(max_length=128)] | None = None
+    revision: Revision | None = None
     split: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)] = "train"
 
 

@@ -1,12 +1,15 @@
 """Blocks and their accounts: which block objects stand, and which accounts must be opened.
 
 An account belongs to a dataset partition for ever. A block object only points at it: it stands if
-it says what the account was opened with, and if no other live object points at the same account.
+it says what the account was opened with, if no other live object points at the same account, and
+if no other account may hold its rows, nor the rows of its releasable evaluation set.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
+from dpmoe_operator.api.identity import DataIdentity, TakenRows
 from dpmoe_operator.api.ledgerentry import AccountOpened, ObjectReference
 from dpmoe_operator.api.privateblock import PrivateBlockSpec
 from dpmoe_operator.control.views import BlockView, Snapshot
@@ -23,11 +26,13 @@ class Standing:
         block: the object.
         account_name: the identity of its data; None where the manifest does not parse.
         refusal: (reason, message) where the object may not be used.
+        orders: RDP orders on which its account is or will be kept.
     """
 
     block: BlockView
     account_name: str | None
     refusal: tuple[str, str] | None = None
+    orders: tuple[str, ...] = ()
 
     @property
     def spec(self) -> PrivateBlockSpec:
@@ -42,8 +47,9 @@ def standings(snapshot: Snapshot) -> dict[tuple[str, str], Standing]:
     holders = _holders(snapshot)
     accounts = snapshot.ledger.accounts
     opened_for = {account.opened.block.uid: name for name, account in accounts.items()}
+    overlaps = dict(_overlaps(holders, accounts))
     return {
-        key: _judge(block, holders, opened_for.get(block.meta.uid), accounts)
+        key: _judge(block, holders, opened_for.get(block.meta.uid), accounts, overlaps)
         for key, block in snapshot.blocks.items()
     }
 
@@ -64,7 +70,7 @@ def opening(block: BlockView) -> AccountOpened:
     """The record that opens a block's account, or that its account was opened with."""
     assert block.spec is not None
     budget = block.spec.budget
-    orders = tuple(budget.orders) if budget.orders else DEFAULT_ORDERS
+    orders = _declared_orders(block.spec)
     return AccountOpened(
         account=block.spec.dataset.account(block.meta.namespace),
         block=ObjectReference(
@@ -84,10 +90,14 @@ def unit_text(spec: PrivateBlockSpec) -> str:
     return spec.unit.kind if spec.unit.column is None else f"{spec.unit.kind}:{spec.unit.column}"
 
 
+def _declared_orders(spec: PrivateBlockSpec) -> tuple[str, ...]:
+    return tuple(spec.budget.orders) if spec.budget.orders else DEFAULT_ORDERS
+
+
 def _holders(snapshot: Snapshot) -> dict[str, BlockView]:
     """The live object that holds each account: the one it was opened for, else the oldest."""
     holders: dict[str, BlockView] = {}
-    for block in sorted(snapshot.blocks.values(), key=lambda b: (b.meta.created, b.meta.uid)):
+    for block in sorted(snapshot.blocks.values(), key=_age):
         if block.spec is None:
             continue
         name = block.spec.dataset.account(block.meta.namespace)
@@ -97,11 +107,53 @@ def _holders(snapshot: Snapshot) -> dict[str, BlockView]:
     return holders
 
 
+def _overlaps(
+    holders: Mapping[str, BlockView], accounts: Mapping[str, Account]
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Refusals by the uid of the block: its rows, or those it evaluates on, belong to another.
+
+    Accounts of the ledger come first, then live blocks by age: whoever has the rows keeps them.
+    """
+    taken = TakenRows()
+    for name in accounts:
+        taken.take(DataIdentity.parse(name))
+    for name, block in sorted(holders.items(), key=lambda item: _age(item[1])):
+        if name in accounts:
+            continue
+        identity = DataIdentity.parse(name)
+        owner = taken.owner(identity)
+        if owner is None:
+            taken.take(identity)
+            continue
+        problem = (
+            f"spec.dataset: {name!r}: may share rows with {str(owner)!r}, which has a budget of its"
+            " own; name other data, or partition both by the same column"
+        )
+        yield block.meta.uid, ("SharesRows", problem)
+    for block in holders.values():
+        assert block.spec is not None
+        if block.spec.evaluation is None:
+            continue
+        scored = block.spec.evaluation.identity(block.meta.namespace)
+        owner = taken.owner(scored)
+        if owner is not None:
+            problem = (
+                f"spec.evaluation: {str(scored)!r}: may share rows with the private data"
+                f" {str(owner)!r}; scores on it would be released uncounted, so name other data"
+            )
+            yield block.meta.uid, ("EvaluationIsPrivate", problem)
+
+
+def _age(block: BlockView) -> tuple[datetime, str]:
+    return block.meta.created, block.meta.uid
+
+
 def _judge(
     block: BlockView,
     holders: Mapping[str, BlockView],
     opened_for: str | None,
     accounts: Mapping[str, Account],
+    overlaps: Mapping[str, tuple[str, str]],
 ) -> Standing:
     if block.spec is None:
         return Standing(block, None, ("InvalidSpec", str(block.error)))
@@ -119,20 +171,29 @@ def _judge(
             " delete one of the two blocks, their budget is one and the same"
         )
         return Standing(block, name, ("DuplicateDataset", problem))
-    difference = _difference(accounts[name], opening(block)) if name in accounts else None
+    if block.meta.uid in overlaps:
+        return Standing(block, name, overlaps[block.meta.uid])
+    if name not in accounts:
+        return Standing(block, name, orders=_declared_orders(block.spec))
+    account = accounts[name]
+    difference = _difference(account, block)
     if difference is not None:
         return Standing(block, name, ("BudgetDiffersFromLedger", difference))
-    return Standing(block, name)
+    return Standing(block, name, orders=tuple(account.opened.orders))
 
 
-def _difference(account: Account, now: AccountOpened) -> str | None:
-    """Where the manifest contradicts what the ledger opened, in the words of the manifest."""
-    then = account.opened
+def _difference(account: Account, block: BlockView) -> str | None:
+    """Where the manifest contradicts what the ledger opened, in the words of the manifest.
+
+    A manifest that names no orders takes the account's, whatever the default is by now.
+    """
+    assert block.spec is not None
+    then, now = account.opened, opening(block)
     fields = {
         "spec.budget.epsilon": (then.epsilon, now.epsilon),
         "spec.budget.delta": (then.delta, now.delta),
         "spec.budget.conversion": (then.conversion, now.conversion),
-        "spec.budget.orders": (then.orders, now.orders),
+        "spec.budget.orders": (then.orders, block.spec.budget.orders or then.orders),
         "spec.unit": (then.unit, now.unit),
     }
     for name, (old, new) in fields.items():

@@ -14,7 +14,7 @@ suspended again is over: a second start would spend a second time.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from dpmoe_operator.api import dpmoejob, privateblock
@@ -38,6 +38,7 @@ from dpmoe_operator.control.settlement import (
     Verdict,
     settle,
     verdict_of_ended,
+    verdict_of_stolen_start,
     verdict_of_unlaunched,
     verdict_of_vanished,
 )
@@ -143,7 +144,10 @@ def _verdict(
     refusals: Mapping[str, Refusal],
 ) -> Verdict | None:
     """How an open grant ends now, or None if it goes on."""
+    workload = snapshot.workloads.get(uid)
     if grant.launched is None:
+        if workload is not None and workload.may_have_run:
+            return verdict_of_stolen_start(grant)
         if uid not in snapshot.jobs:
             return verdict_of_unlaunched("the DPMoEJob was deleted before its launch")
         if uid in refusals:
@@ -155,10 +159,11 @@ def _verdict(
                 "a block or the job changed between grant and launch; apply the job again"
             )
         return None
-    workload = snapshot.workloads.get(uid)
     if workload is None or workload.meta.uid != grant.launched.workload.uid:
         return verdict_of_vanished(grant)
     if workload.cancelled and not workload.released:
+        if workload.may_have_run:
+            return verdict_of_stolen_start(grant)
         return verdict_of_unlaunched("the DPMoEJob was deleted before its pods were released")
     if workload.over and workload.confirmed:
         return verdict_of_ended(grant, workload)
@@ -171,7 +176,7 @@ def _launches(snapshot: Snapshot, plans: Mapping[str, Planned]) -> Iterator[Laun
         if (
             grant.launched is None
             and workload is not None
-            and not workload.released
+            and not workload.may_have_run
             and uid in snapshot.prepared
             and uid in plans
             and plans[uid].plan.digest() == grant.granted.plan_digest
@@ -206,11 +211,17 @@ def _workload_actions(
 
 
 def _is_orphan(snapshot: Snapshot, uid: str, workload: WorkloadView) -> bool:
-    """A Job without a grant, or with a settled one whose DPMoEJob is gone."""
+    """A Job without an open grant, unless it is over for good and its DPMoEJob is still there.
+
+    A Job that is only suspended could be resumed by hand, and would then spend without a grant.
+    """
     grant = snapshot.ledger.grants.get(uid)
     if grant is None:
         return True
-    return grant.settled is not None and (uid not in snapshot.jobs or not workload.released)
+    if grant.settled is None:
+        return False
+    ours = grant.launched is not None and grant.launched.workload.uid == workload.meta.uid
+    return uid not in snapshot.jobs or not ours or workload.outcome is None
 
 
 def _launch(
@@ -252,7 +263,7 @@ def _job_statuses(snapshot: Snapshot, decision: Decision) -> Iterator[SetStatus]
 def _block_statuses(
     snapshot: Snapshot, decision: Decision, judged: Mapping[tuple[str, str], Standing]
 ) -> Iterator[SetStatus]:
-    asking = _asking(decision)
+    asking = _asking(snapshot, decision)
     for standing in judged.values():
         name = standing.account_name or ""
         unlocked = decision.allocation.unlocked.get(name)
@@ -266,11 +277,13 @@ def _block_statuses(
         yield from _changed(privateblock.PLURAL, privateblock.KIND, standing.block, status)
 
 
-def _asking(decision: Decision) -> dict[str, int]:
+def _asking(snapshot: Snapshot, decision: Decision) -> dict[str, int]:
     """How many jobs wait for each account."""
     count: dict[str, int] = {}
     for uid in decision.allocation.waiting:
-        for account in decision.plans[uid].demand if uid in decision.plans else ():
+        if uid not in decision.plans or timed_out(snapshot.jobs[uid], snapshot.now):
+            continue
+        for account in decision.plans[uid].demand:
             count[account] = count.get(account, 0) + 1
     return count
 
@@ -306,6 +319,7 @@ def _end_of(job: JobView, snapshot: Snapshot) -> datetime | None:
     if grant is not None:
         return parse_time(grant.settlement_time) if grant.settlement_time else None
     if timed_out(job, snapshot.now):
-        condition = (job.status.get("conditions") or [{}])[0]
-        return parse_time(condition.get("lastTransitionTime", "")) if condition else None
+        assert job.spec is not None
+        assert job.spec.timeout_seconds is not None
+        return job.meta.created + timedelta(seconds=job.spec.timeout_seconds)
     return None

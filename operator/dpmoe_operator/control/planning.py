@@ -5,13 +5,14 @@ block's owner did not open, and whatever the numbers contradict, is refused here
 the value and the remedy.
 """
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
 from dpmoe_operator.api.base import SpecError
 from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
+from dpmoe_operator.api.identity import within
+from dpmoe_operator.api.ledgerentry import MAX_STEPS
 from dpmoe_operator.api.privateblock import Access, Dataset, Table
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.accounts import Standing
@@ -20,7 +21,6 @@ from dpmoe_operator.control.views import JobView
 from dpmoe_operator.launch import paths
 from dpmoe_operator.privacy.calibration import CalibrationError, epsilon_for, noise_multiplier_for
 from dpmoe_operator.privacy.mechanisms import demand
-from dpmoe_operator.privacy.orders import DEFAULT_ORDERS
 from dpmoe_trainer.contract import (
     BlockPlan,
     DataFormat,
@@ -103,7 +103,7 @@ def plan_job(
                 mechanism.noise_multiplier,
                 mechanism.sampling_rate,
                 mechanism.steps,
-                orders_of(standing),
+                standing.orders,
             )
             for block, standing in zip(plan.blocks, chosen, strict=True)
         },
@@ -169,12 +169,6 @@ class Planner:
             (s.block.meta.uid, s.block.meta.generation, (s.refusal, *s.block.meta.labels.items()))
             for s in seen
         )
-
-
-def orders_of(standing: Standing) -> tuple[float, ...]:
-    """The RDP orders on which a block's account is kept."""
-    orders: Sequence[str] = standing.spec.budget.orders or DEFAULT_ORDERS
-    return tuple(float(order) for order in orders)
 
 
 def _choose_blocks(
@@ -249,7 +243,13 @@ def _check_image(spec: DPMoEJobSpec, block: str, access: Access, settings: Setti
 
 
 def _check_model(spec: DPMoEJobSpec, block: str, access: Access) -> None:
-    claim = spec.model.claim
+    path, claim = spec.model.path, spec.model.claim
+    if path is not None and within(path, paths.ROOT):
+        raise SpecError(
+            "spec.model.path",
+            path,
+            "must be a folder of the trainer image; name a model on a volume by spec.model.claim",
+        )
     if claim is not None and claim.claim_name not in access.models:
         raise Refusal(
             Reason.BLOCK_NOT_SHARED,
@@ -373,7 +373,14 @@ def _privacy_plan(spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> PrivacyPlan
             f"must be at most {units}, the privacy units of the blocks together",
         )
     rate = batch / units
-    steps = spec.training.steps or math.ceil((spec.training.epochs or 1) * units / batch)
+    steps = spec.training.steps or -(-(spec.training.epochs or 1) * units // batch)
+    if steps > MAX_STEPS:
+        raise SpecError(
+            "spec.training.epochs",
+            spec.training.epochs,
+            f"makes {steps} steps, must make at most {MAX_STEPS}; ask for fewer epochs or a larger"
+            " logicalBatch",
+        )
     epsilon, noise_multiplier = _calibrated(spec, rate, steps)
     return PrivacyPlan(
         epsilon=epsilon,
@@ -383,7 +390,7 @@ def _privacy_plan(spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> PrivacyPlan
         steps=steps,
         clipping_norm=float(spec.privacy.clipping_norm),
         expected_batch=float(batch),
-        orders=orders_of(chosen[0]),
+        orders=tuple(float(order) for order in chosen[0].orders),
     )
 
 

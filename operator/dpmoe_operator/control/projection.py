@@ -15,7 +15,7 @@ from dpmoe_operator.api.ledgerentry import Charge
 from dpmoe_operator.api.privateblock import OrderStatus, PrivateBlockStatus, Spender
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.accounts import Standing
-from dpmoe_operator.control.settlement import read_report
+from dpmoe_operator.control.settlement import Unanswered, answer
 from dpmoe_operator.control.views import JobView, Snapshot, WorkloadView, format_time
 from dpmoe_operator.ledger.fold import Account, Grant, minus
 from dpmoe_operator.privacy.calibration import epsilon_for
@@ -214,7 +214,7 @@ def _status_with_grant(job: JobView, snapshot: Snapshot, grant: Grant) -> DPMoEJ
     workload = snapshot.workloads.get(job.meta.uid)
     progress = snapshot.progress.get(job.meta.uid)
     state, reason, message = _phase(grant, workload, snapshot.launch_errors.get(job.meta.uid))
-    report = _report(workload)
+    report = _report(grant, workload)
     evaluation, output = _scores(job.status, report)
     done = settled.steps if settled else progress.step if progress else 0
     reserved_message = f"reserved in {grant.entry} at {grant.time}"
@@ -265,12 +265,14 @@ def _phase(
     return "Reserved", "PodPending", "budget is reserved; the trainer pods wait for a node"
 
 
-def _report(workload: WorkloadView | None) -> TrainingReport | None:
-    for pod in workload.first_pods if workload else ():
-        report = read_report(pod)
-        if isinstance(report, TrainingReport):
-            return report
-    return None
+def _report(grant: Grant, workload: WorkloadView | None) -> TrainingReport | None:
+    """The report that answers the grant, if there is one by now."""
+    if workload is None:
+        return None
+    try:
+        return answer(grant, workload)
+    except Unanswered:
+        return None
 
 
 def _scores(

@@ -74,6 +74,15 @@ def verdict_of_unlaunched(message: str) -> Verdict:
     return Verdict("NeverStarted", 0, message)
 
 
+def verdict_of_stolen_start(grant: Grant) -> Verdict:
+    """A grant that the operator did not start, but somebody else may have."""
+    return Verdict(
+        "StartedByOthers",
+        grant.granted.steps,
+        "somebody let the Job's pods run before the operator did: nothing shows what they did",
+    )
+
+
 def verdict_of_vanished(grant: Grant) -> Verdict:
     """A launched grant whose Job is gone: nothing shows any more what its pods did."""
     return Verdict(
@@ -102,19 +111,14 @@ def _never_started(workload: WorkloadView) -> bool:
 
 def _verdict_of_report(grant: Grant, workload: WorkloadView) -> Verdict:
     full = grant.granted.steps
-    pods = workload.first_pods
     if not grant.granted.reports_prove:
-        return Verdict(
-            "Charged", full, f"reports of image {grant.granted.image} prove nothing: full charge"
-        )
-    if len(pods) != 1 or workload.ended > len(workload.pods):
-        return Verdict("ReportMissing", full, f"rank 0 ran in {len(pods)} known pods, not in one")
-    report = read_report(pods[0])
-    if isinstance(report, str):
-        return Verdict("ReportMissing", full, report)
-    problem = _contradiction(grant, report, pods[0])
-    if problem is not None:
-        return Verdict("ReportRefused", full, problem)
+        outcome = "Completed" if workload.outcome == "Complete" else "Charged"
+        why = f"reports of image {grant.granted.image} prove nothing: full charge"
+        return Verdict(outcome, full, why)
+    try:
+        report = answer(grant, workload)
+    except Unanswered as problem:
+        return Verdict(problem.outcome, full, str(problem))
     if report.outcome is Outcome.COMPLETED:
         return Verdict("Completed", full, "the plan ran to its end")
     return Verdict(
@@ -124,20 +128,45 @@ def _verdict_of_report(grant: Grant, workload: WorkloadView) -> Verdict:
     )
 
 
-def read_report(pod: PodView) -> TrainingReport | str:
-    """The report in a pod's termination message, or what is wrong with it."""
+class Unanswered(Exception):
+    """No report answers the granted plan. `outcome` is the settlement's word for it."""
+
+    def __init__(self, outcome: str, problem: str) -> None:
+        self.outcome = outcome
+        super().__init__(problem)
+
+
+def answer(grant: Grant, workload: WorkloadView) -> TrainingReport:
+    """The report that answers the granted plan, from the only pod that ever ran as rank 0.
+
+    Raises:
+        Unanswered: there is none, or it answers something else.
+    """
+    pods = workload.first_pods
+    if len(pods) != 1 or workload.ended > len(workload.pods):
+        raise Unanswered("ReportMissing", f"rank 0 ran in {len(pods)} known pods, not in one")
+    report = _read_report(pods[0])
+    problem = _contradiction(grant, report, pods[0])
+    if problem is not None:
+        raise Unanswered("ReportRefused", problem)
+    return report
+
+
+def _read_report(pod: PodView) -> TrainingReport:
     if pod.exit_code is None:
-        return "rank 0 ended without an exit code"
+        raise Unanswered("ReportMissing", "rank 0 ended without an exit code")
     if not pod.message:
-        return f"rank 0 ended with exit code {pod.exit_code} and wrote no report"
+        code = pod.exit_code
+        raise Unanswered("ReportMissing", f"rank 0 ended with exit code {code} and wrote no report")
     if len(pod.message.encode()) > TERMINATION_MESSAGE_BYTES:
-        return "the report is longer than a termination message"
+        raise Unanswered("ReportMissing", "the report is longer than a termination message")
     try:
         return TrainingReport.model_validate_json(pod.message)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "report"
-        return f"the report is malformed at {where}: {first['msg']}"
+        problem = f"the report is malformed at {where}: {first['msg']}"
+        raise Unanswered("ReportMissing", problem) from None
 
 
 def _contradiction(grant: Grant, report: TrainingReport, pod: PodView) -> str | None:

@@ -5,7 +5,7 @@ it is answered, not skipped.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -108,6 +108,9 @@ class PodView:
         index: its completion index, which is its rank's node.
         scheduled: a node had been chosen.
         may_have_started: nothing proves that its container never ran.
+        never_found: it ended, and the kubelet found no container of it. That alone proves nothing,
+            since a container that ran may be lost; see `following`.
+        ended: all of its containers have ended, for good.
         exit_code: of the trainer container, once it ended.
         message: its termination message, once it ended.
         waiting: why its container does not run yet, e.g. `ErrImagePull: no such image`.
@@ -118,7 +121,9 @@ class PodView:
     gone: bool
     scheduled: bool
     may_have_started: bool
+    never_found: bool
     running: bool
+    ended: bool
     exit_code: int | None
     message: str | None
     waiting: str | None
@@ -134,17 +139,36 @@ class PodView:
         scheduled = bool((manifest.get("spec") or {}).get("nodeName"))
         return cls(
             uid=meta["uid"],
-            index=int((meta.get("annotations") or {}).get(COMPLETION_INDEX, 0)),
+            index=_index(meta),
             gone=gone,
             scheduled=scheduled,
             may_have_started=scheduled and not _never_started(status, containers, gone),
+            never_found=_never_found(status, states),
             running=any("running" in s for s in states),
+            ended=status.get("phase") in ("Succeeded", "Failed"),
             exit_code=ended.get("exitCode") if ended else None,
             message=ended.get("message") if ended else None,
             waiting=": ".join(filter(None, (waits.get("reason"), waits.get("message"))))
             if waits
             else None,
         )
+
+    def following(self, earlier: "PodView | None") -> "PodView":
+        """This view in the light of the one before it of the same pod.
+
+        A pod that is deleted before its container starts ends as `ContainerStatusUnknown`, by the
+        kubelet's last word. Whoever saw it wait until then knows that nothing ran.
+        """
+        if earlier is None or earlier.may_have_started == self.may_have_started:
+            return self
+        if earlier.may_have_started:
+            return replace(self, may_have_started=True)
+        return replace(self, may_have_started=not self.never_found)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs or may still run."""
+        return not (self.gone or self.ended)
 
 
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
@@ -155,19 +179,40 @@ CANCELLED = "dpmoe.dev/cancelled"
 an older view: a release carries the resource version that it was decided on."""
 
 
+def _index(meta: Json) -> int:
+    """A pod that hides its index counts as one that ran as rank 0."""
+    text = (meta.get("annotations") or {}).get(COMPLETION_INDEX, "")
+    return int(text) if text.isdecimal() else 0
+
+
 def _never_started(status: Json, containers: list[Any], gone: bool) -> bool:
     """Whether the kubelet's own word shows that no container of a scheduled pod ever ran."""
     if status.get("phase", "Pending") != "Pending":
         return False
     disrupted = any(c.get("type") == "DisruptionTarget" for c in status.get("conditions") or [])
-    if gone and (disrupted or not containers):
-        # Deleted past the kubelet, or before it said anything: its last word may be stale.
+    if gone or disrupted:
+        # Deleted past the kubelet, whose last word says how a pod ended: this one may be stale.
         return False
     return all(
         "waiting" in (container.get("state") or {})
         and not container.get("lastState")
         and not container.get("restartCount")
         for container in containers
+    )
+
+
+def _never_found(status: Json, states: list[Any]) -> bool:
+    """Whether the kubelet ended a pod without ever having had a container of it."""
+    ends = [state.get("terminated") or {} for state in states]
+    return (
+        status.get("phase") == "Failed"
+        and len(ends) > 0
+        and all(
+            end.get("reason") == "ContainerStatusUnknown"
+            and not end.get("containerID")
+            and not end.get("startedAt")
+            for end in ends
+        )
     )
 
 
@@ -179,6 +224,7 @@ class WorkloadView:
         released: the operator let its pods run, once; a Job that is suspended after that is over,
             since a second start would spend a second time.
         cancelled: the operator gave the Job up; it is never released after that.
+        asked_to_suspend: it has to be suspended; its pods may not know yet.
         active: pods that run or may run.
         ended: pods that the Job counted as succeeded or failed.
         suspended: the Job is suspended and has no pods left that run or end.
@@ -228,8 +274,25 @@ class WorkloadView:
 
     @property
     def over(self) -> bool:
-        """No pod of it runs or will run: the Job ended, or was suspended after its release."""
-        return self.outcome is not None or (self.released and self.suspended)
+        """No pod of it runs or will run: the Job ended, or was suspended after its release.
+
+        A Job's status lags behind its spec: right after the release it still says `Suspended`.
+        """
+        if any(pod.alive for pod in self.pods):
+            return False
+        stopped = self.released and self.asked_to_suspend and self.suspended
+        return self.outcome is not None or stopped
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether anybody let its pods run, the operator or not."""
+        return (
+            self.released
+            or not self.asked_to_suspend
+            or self.active > 0
+            or self.ended > 0
+            or len(self.pods) > 0
+        )
 
     @property
     def first_pods(self) -> tuple[PodView, ...]:

@@ -104,8 +104,9 @@ class Picture:
             return
         pods = self._pods.setdefault(job_uid, {})
         version = _version(manifest)
-        view = PodView.of(manifest, gone=event == "DELETED")
         known = pods.get(meta["uid"])
+        earlier = known.view if known else None
+        view = PodView.of(manifest, gone=event == "DELETED").following(earlier)
         if event == "DELETED":
             self._pod_objects.pop(meta["uid"], None)
             if known is not None and known.version >= version:

@@ -9,9 +9,10 @@ import posixpath
 from dpmoe_operator.api.dpmoejob import Model, OutputClaim
 from dpmoe_operator.api.privateblock import Table
 
-READ_ONLY_CLAIMS = "/dpmoe/claims"
-OUTPUT_CLAIMS = "/dpmoe/outputs"
-PLAN_FOLDER = "/dpmoe/plan"
+ROOT = "/dpmoe"
+READ_ONLY_CLAIMS = f"{ROOT}/claims"
+OUTPUT_CLAIMS = f"{ROOT}/outputs"
+PLAN_FOLDER = f"{ROOT}/plan"
 PLAN_FILE = "plan.json"
 TERMINATION_LOG = "/dev/termination-log"
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from dpmoe_operator.api.ledgerentry import Record
-from dpmoe_operator.ledger.entry import entry_name, open_entry, seal, to_manifest
+from dpmoe_operator.ledger.entry import LedgerError, entry_name, open_entry, seal, to_manifest
 from dpmoe_operator.ledger.fold import LedgerState, fold
 
 ATTEMPTS = 5
@@ -56,9 +56,18 @@ class Ledger:
         """Read and verify the whole log.
 
         Raises:
-            LedgerError: the log does not hold; nothing may be granted on it.
+            LedgerError: the log does not hold, or lost what this writer saw in it; nothing may be
+                granted on it.
         """
-        self.state = fold(await self._store.entries())
+        manifests = await self._store.entries()
+        state, known = fold(manifests), self.state
+        last = manifests[known.sequence - 1 : known.sequence]
+        if known.sequence > 0 and [entry["spec"]["digest"] for entry in last] != [known.head]:
+            raise LedgerError(
+                entry_name(known.sequence - 1),
+                "was in the log and is not any more, as after a restored backup",
+            )
+        self.state = state
 
     async def append(self, records: Sequence[Record], *, time: str) -> str:
         """Commit records together, in one entry.

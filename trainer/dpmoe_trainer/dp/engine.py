@@ -79,6 +79,7 @@ def clipped_sum(
 
     finite = norms.isfinite()
     if not finite.all():
+        tape.fired.clear()
         kept = {key: value[finite] for key, value in batch.items()}
         sums, kept_norms = clipped_sum(model, kept, clipping_norm)
         norms = torch.full_like(norms, torch.inf).masked_scatter(finite, kept_norms)
@@ -123,8 +124,8 @@ def _measure(batch: Mapping[str, Tensor]) -> tuple[int, int, torch.device]:
     for other, value in batch.items():
         if value.shape[0] != samples:
             raise NotPerSample(
-                f"the batch's {other} has {value.shape[0]} rows and its {key} {samples}: give "
-                "every entry one row a sample"
+                f"the batch's {other} has not as many rows as its {key}: give every entry one row "
+                "a sample"
             )
     return samples, length, batch[key].device
 

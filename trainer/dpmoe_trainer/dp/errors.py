@@ -1,4 +1,7 @@
-"""What the engine refuses, as errors that name the thing refused and the remedy."""
+"""What the engine refuses, as errors that name the thing refused and the remedy.
+
+They tell of the model, never of a batch: not even how many samples it has, which is private.
+"""
 
 
 class NotPerSample(ValueError):

@@ -41,6 +41,33 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+class Kept:
+    """A layer's input, kept for the backward pass; one that was changed since is not given out.
+
+    Autograd checks this for what it keeps itself; here it is told that weights need no gradient.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._version = self._count_changes()
+
+    def value(self) -> Tensor:
+        """The input as the layer saw it.
+
+        Raises:
+            NotPerSample: The model has since changed it in place.
+        """
+        if self._count_changes() != self._version:
+            raise NotPerSample(
+                "the model changed a trained layer's input in place, so its gradient is lost: "
+                "freeze that layer"
+            )
+        return self._tensor
+
+    def _count_changes(self) -> int | None:
+        return None if self._tensor.is_inference() else self._tensor._version
+
+
 class Use(ABC):
     """One use of trained parameters, from its output's gradient to its clipped gradient sum."""
 
@@ -175,8 +202,8 @@ class Tape:
         ):
             return rows.reshape(self.batch, -1, rows.shape[-1])
         raise NotPerSample(
-            f"a trained layer got rows of shape {tuple(rows.shape)} in a batch of {self.batch} "
-            f"samples of {self.length} tokens, so a row's sample is unknown: freeze that layer"
+            "a trained layer got rows that are neither [B, T, …, D] nor [B·T, D], so a row's "
+            "sample is unknown: freeze that layer"
         )
 
     def gram(self, rows: Tensor) -> Tensor:
@@ -214,7 +241,11 @@ class _Watch(TorchFunctionMode):
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+    return (one.data_ptr(), one.shape, one.stride()) == (
+        other.data_ptr(),
+        other.shape,
+        other.stride(),
+    )
 
 
 def _refuse_gradient(name: str, gradient: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from . import builtins, errors, metadata, patches, schema
+from . import errors, kinds, metadata, patches, schema
 from .deletion import BACKGROUND, Deletion, check_preconditions, is_released, marked_for_deletion
 from .errors import Cause
 from .resources import CRDS, NAMESPACES, SERVICE_ACCOUNTS, Object, Registry, Resource
@@ -79,10 +79,10 @@ class Cluster:
             self._check_definition(resource)
         obj = resource.to_stored(body)
         obj = {**obj, "metadata": metadata.new_metadata(resource, namespace, body["metadata"])}
-        if resource.has_status and not builtins.keeps_status_on_create(resource):
+        if resource.has_status and not kinds.keeps_status_on_create(resource):
             obj.pop("status", None)
         obj = self._admit(resource, obj, write)
-        obj = builtins.prepare(resource, obj)
+        obj = kinds.prepare(resource, obj)
         name = obj["metadata"]["name"]
         if self.store.get(resource.storage, namespace, name) is not None:
             raise errors.already_exists(resource, name)
@@ -207,7 +207,7 @@ class Cluster:
         new = _keep_other_half(resource, old, new, subresource)
         new = self._admit(resource, new, write)
         if not subresource:
-            new = builtins.revise(resource, old, new)
+            new = kinds.revise(resource, old, new)
         if resource.has_generation and _desired(resource, new) != _desired(resource, old):
             generation = old["metadata"]["generation"] + 1
             new = {**new, "metadata": {**new["metadata"], "generation": generation}}

@@ -8,9 +8,9 @@ or among cluster-scoped owners, and works in the background: a deletion's answer
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .builtins import CRD_CLEANUP_FINALIZER
 from .cluster import Cluster
 from .deletion import FOREGROUND_FINALIZER, ORPHAN_FINALIZER, Deletion
+from .kinds import CRD_CLEANUP_FINALIZER
 from .resources import CRDS, NAMESPACES, Object, Resource, StorageKey
 from .store import Event
 from .workqueue import WorkQueue

@@ -52,7 +52,8 @@ class Api:
             ("/openapi/v3/api/{version}", self._openapi),
             ("/openapi/v3/apis/{group}/{version}", self._openapi),
         ):
-            app.router.add_get(prefix + path, handler)
+            # The official Python client ends these paths with a slash.
+            app.router.add_get(prefix + path + "{slash:/?}", handler)
         app.router.add_route("*", prefix + "/{path:.*}", self._resource)
 
     # Discovery

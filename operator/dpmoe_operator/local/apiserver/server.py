@@ -130,7 +130,7 @@ class EmbeddedApiServer:
         is_known = any(
             hmac.compare_digest(given.encode(), self.token.encode()) for given in (header, in_path)
         )
-        if not is_known and request.path not in PUBLIC_PATHS:
+        if not is_known and request.path.rstrip("/") not in PUBLIC_PATHS:
             raise errors.unauthorized()
         return await handler(request)
 

@@ -81,7 +81,7 @@ def build(container: Object, image: Image, sources: Sources, place: Place) -> di
     pod = sources.pod
     environment = {
         "PATH": _PATH,
-        "HOME": "/root",
+        "HOME": "/home",
         "LANG": "C.UTF-8",
         "HOSTNAME": pod["spec"].get("hostname") or pod["metadata"]["name"],
         **_thread_count(container),

@@ -133,6 +133,7 @@ class PodWorker:
         annotations = self.pod["metadata"].get("annotations") or {}
         if LOG_FILE in annotations:
             await asyncio.to_thread(guardian.kill_marked, pod=self.uid)
+            self.folder.remove_temporary()
             await self._write_lost("the local runner was started again, and the process is gone")
             return
         deadline = self._arm_deadline()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpmoe_trainer.dp.errors import UncoveredParameter
-from dpmoe_trainer.dp.tape import Tape, Use, wide
+from dpmoe_trainer.dp.tape import Kept, Tape, Use, wide
 
 
 class EmbeddingTable(Use):
@@ -22,7 +22,7 @@ class EmbeddingTable(Use):
     ) -> None:
         self._name = name
         self._rows = rows
-        self._ids = ids_BT.reshape(-1)
+        self._input = Kept(ids_BT)
         self._sample = torch.arange(tape.batch, device=ids_BT.device).repeat_interleave(
             ids_BT.shape[1]
         )
@@ -31,8 +31,9 @@ class EmbeddingTable(Use):
 
     def squared_norms(self, gradient: Tensor) -> Tensor:
         """Σ over a sample's distinct ids of ‖Σ of that id's rows‖²; the padding id has none."""
-        g_ND = wide(gradient.reshape(self._ids.numel(), -1))
-        pair, index_N = torch.unique(self._sample * self._rows + self._ids, return_inverse=True)
+        ids_N = self._input.value().flatten()
+        g_ND = wide(gradient.flatten(0, 1))
+        pair, index_N = torch.unique(self._sample * self._rows + ids_N, return_inverse=True)
         self._sample_U = torch.div(pair, self._rows, rounding_mode="floor")
         self._id_U = pair % self._rows
         self._sums_UD = g_ND.new_zeros(pair.numel(), g_ND.shape[1]).index_add_(0, index_N, g_ND)
@@ -77,8 +78,8 @@ def embedding(
         input = input.expand(tape.batch, -1)
     if input.dim() != 2 or input.shape[0] != tape.batch:
         raise UncoveredParameter(
-            f"embedding {name!r} got ids of shape {tuple(input.shape)} in a batch of {tape.batch} "
-            "samples, so an id's sample is unknown: freeze it"
+            f"embedding {name!r} got ids that are not [B, T], so an id's sample is unknown: "
+            "freeze it"
         )
     assert name is not None, "rules run for trained parameters"
     assert value is not None, "a trained parameter has a value"

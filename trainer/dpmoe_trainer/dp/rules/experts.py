@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dpmoe_trainer.dp.errors import NotPerSample
 from dpmoe_trainer.dp.segments import Segments, squared_norms
-from dpmoe_trainer.dp.tape import Tape, Use, wide
+from dpmoe_trainer.dp.tape import Kept, Tape, Use, wide
 
 IMPLEMENTATION = "dpmoe"
 
@@ -39,7 +39,7 @@ class ExpertLayer(Use):
     ) -> None:
         self._weight_name = weight_name
         self._bias_name = bias_name
-        self._a_SI = rows_SI.detach()
+        self._input = Kept(rows_SI)
         self._segments = segments
         self._inputs_first = inputs_first
 
@@ -47,11 +47,11 @@ class ExpertLayer(Use):
         """Σ_e ‖G_be‖² over the sample's segments."""
         self._g_SO = gradient
         weights, biases = self._weight_name is not None, self._bias_name is not None
-        return squared_norms(self._a_SI, gradient, self._segments, weights, biases)
+        return squared_norms(self._input.value(), gradient, self._segments, weights, biases)
 
     def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
         """One product an expert over its rows; an expert without rows gets zeros."""
-        a_SI, g_SO = wide(self._a_SI), wide(self._g_SO)
+        a_SI, g_SO = wide(self._input.value()), wide(self._g_SO)
         factors_S = factors.to(a_SI.dtype)[self._segments.row_sample]
         formed = {}
         if self._bias_name is not None:
@@ -98,8 +98,7 @@ def experts_forward(
     _require_plain(module)
     if len(hidden_states) != tape.batch * tape.length:
         raise NotPerSample(
-            f"an experts layer got {len(hidden_states)} tokens in a batch of {tape.batch} samples "
-            f"of {tape.length}, so a token's sample is unknown"
+            "an experts layer got other tokens than the batch's B·T, so a token's sample is unknown"
         )
     sample_N = torch.arange(tape.batch, device=hidden_states.device).repeat_interleave(tape.length)
     segments = Segments.of(top_k_index, sample_N, module.num_experts, tape.batch)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpmoe_trainer.dp.ghost import squared_norms_of_pairs
-from dpmoe_trainer.dp.tape import Tape, Use, wide
+from dpmoe_trainer.dp.tape import Kept, Tape, Use, wide
 
 
 class LinearWeight(Use):
@@ -23,13 +23,14 @@ class LinearWeight(Use):
     def __init__(self, tape: Tape, name: str, rows: Tensor) -> None:
         self._tape = tape
         self._name = name
-        self._x_BTI = tape.by_sample(rows.detach())
+        self._input = Kept(rows)
+        tape.by_sample(rows)  # Refused in the forward pass, where the layer is on the stack.
         self._g_BTO: Tensor | None = None
         self._per_sample_BOI: Tensor | None = None
 
     def squared_norms(self, gradient: Tensor) -> Tensor:
         """Ghost norm, or the norm of the formed gradients where those are the smaller."""
-        x_BTI, g_BTO = self._x_BTI, self._tape.by_sample(gradient)
+        x_BTI, g_BTO = self._tape.by_sample(self._input.value()), self._tape.by_sample(gradient)
         rows, inputs, outputs = x_BTI.shape[1], x_BTI.shape[2], g_BTO.shape[2]
         if rows * (inputs + outputs) < inputs * outputs:
             self._g_BTO = g_BTO
@@ -44,7 +45,7 @@ class LinearWeight(Use):
         if self._per_sample_BOI is not None:
             return {self._name: weighted_sum(factors, self._per_sample_BOI)}
         assert self._g_BTO is not None, "the gradient was received"
-        x_BTI, g_BTO = wide(self._x_BTI), wide(self._g_BTO)
+        x_BTI, g_BTO = wide(self._tape.by_sample(self._input.value())), wide(self._g_BTO)
         factors_B11 = factors.to(x_BTI.dtype)[:, None, None]
         if x_BTI.shape[2] < g_BTO.shape[2]:
             x_BTI = x_BTI * factors_B11

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpmoe_trainer.dp.errors import UncoveredParameter
 from dpmoe_trainer.dp.rules.linear import Bias, weighted_sum
-from dpmoe_trainer.dp.tape import Tape, Use, wide
+from dpmoe_trainer.dp.tape import Kept, Tape, Use, wide
 
 
 class Scale(Use):
@@ -49,9 +49,10 @@ def layer_norm(
     _require_last_dimension(normalized_shape, weight_name or bias_name)
     output = F.layer_norm(input, normalized_shape, weight_value, bias_value, eps)
     if weight_name is not None:
-        rows = input.detach()
+        kept = Kept(input)
         tape.record(
-            output, Scale(tape, weight_name, lambda: F.layer_norm(rows, normalized_shape, eps=eps))
+            output,
+            Scale(tape, weight_name, lambda: F.layer_norm(kept.value(), normalized_shape, eps=eps)),
         )
     if bias_name is not None:
         tape.record(output, Bias(tape, bias_name))
@@ -70,9 +71,9 @@ def rms_norm(
     _require_last_dimension(normalized_shape, name)
     assert name is not None, "rules run for trained parameters"
     output = F.rms_norm(input, list(normalized_shape), value, eps)
-    rows = input.detach()
+    kept = Kept(input)
     return tape.record(
-        output, Scale(tape, name, lambda: F.rms_norm(rows, list(normalized_shape), eps=eps))
+        output, Scale(tape, name, lambda: F.rms_norm(kept.value(), list(normalized_shape), eps=eps))
     )
 
 
@@ -91,8 +92,7 @@ def multiply(tape: Tape, one: Tensor, other: Tensor) -> Tensor:
             f"trained parameter {name!r} is multiplied with something other than rows of its own "
             "width, for which there is no per-sample norm: freeze it"
         )
-    detached = rows.detach()
-    return tape.record(value * rows, Scale(tape, name, lambda: detached))
+    return tape.record(value * rows, Scale(tape, name, Kept(rows).value))
 
 
 def _require_last_dimension(normalized_shape: Sequence[int], name: str | None) -> None:

@@ -1,0 +1,60 @@
+"""Rows grouped into privacy units, over one block and over several."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.trainer.runs import write_rows
+
+from dpmoe_trainer.contract import BlockPlan
+from dpmoe_trainer.data.units import load_units
+from dpmoe_trainer.errors import BadPlan
+
+
+def block(path: Path, **unit: Any) -> BlockPlan:
+    return BlockPlan.model_validate(
+        {
+            "namespace": "owner",
+            "name": path.stem,
+            "account": path.stem,
+            "units": 10,
+            "unit": unit,
+            "data": {
+                "path": str(path),
+                "format": "jsonl",
+                "text_column": "text",
+                "label_column": "label",
+            },
+        }
+    )
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    users = ["ann", "bob", "ann", "cem"]
+    rows = [{"text": f"{n}", "label": n % 2, "user": user} for n, user in enumerate(users)]
+    return write_rows(tmp_path / "table", rows)
+
+
+def test_every_row_is_its_own_unit(table: Path) -> None:
+    rows, units = load_units((block(table, kind="example"),), labels=2)
+    assert rows.texts == ["0", "1", "2", "3"]
+    assert units == [(0,), (1,), (2,), (3,)]
+
+
+def test_a_users_rows_are_one_unit(table: Path) -> None:
+    _, units = load_units((block(table, kind="user", column="user"),), labels=2)
+    assert units == [(0, 2), (1,), (3,)]
+
+
+def test_a_user_of_two_blocks_is_a_unit_in_each(table: Path) -> None:
+    """Each block promises for its own table; merged, one block's change could move 2C."""
+    by_user = block(table, kind="user", column="user")
+    rows, units = load_units((by_user, block(table, kind="example"), by_user), labels=2)
+    assert rows.labels == [0, 1, 0, 1] * 3
+    assert units == [(0, 2), (1,), (3,), (4,), (5,), (6,), (7,), (8, 10), (9,), (11,)]
+
+
+def test_users_need_a_column(table: Path) -> None:
+    with pytest.raises(BadPlan, match=r"blocks\[1\]\.unit\.column: missing; name the column"):
+        load_units((block(table), block(table, kind="user")), labels=2)

@@ -1,0 +1,48 @@
+"""What a run reads from its command line and its environment."""
+
+from pathlib import Path
+
+import pytest
+
+from dpmoe_trainer.environment import Settings, read_settings
+from dpmoe_trainer.errors import BadPlan
+
+
+def test_a_pod_reads_its_variables() -> None:
+    variables = {
+        "DPMOE_PLAN": "/plan/plan.json",
+        "DPMOE_TERMINATION_LOG": "/dev/log",
+        "DPMOE_PROGRESS_PORT": "8475",
+    }
+    assert read_settings([], variables) == Settings(
+        plan=Path("/plan/plan.json"),
+        report=Path("/dev/log"),
+        output=None,
+        progress_port="8475",
+        root=None,
+    )
+
+
+def test_the_root_stands_for_the_pods_own() -> None:
+    variables = {"DPMOE_ROOT": "/pods/1", "DPMOE_PLAN": "/plan.json"}
+    settings = read_settings([], variables | {"DPMOE_TERMINATION_LOG": "/log"})
+    assert (settings.plan, settings.report) == (Path("/pods/1/plan.json"), Path("/pods/1/log"))
+    assert settings.resolve("/data/x", "f") == Path("/pods/1/data/x")
+    assert settings.resolve("data/x", "f") == Path("data/x")
+    with pytest.raises(BadPlan, match=r"blocks: '/data/\.\./x' climbs with '\.\.'"):
+        settings.resolve("/data/../x", "blocks")
+
+
+def test_the_command_line_comes_first() -> None:
+    variables = {"DPMOE_PLAN": "/plan.json", "DPMOE_TERMINATION_LOG": "/log"}
+    settings = read_settings(["--plan", "mine.json", "--output", "out"], variables)
+    assert settings == Settings(Path("mine.json"), Path("out/report.json"), Path("out"), None, None)
+
+
+def test_the_default_termination_log_only_where_kubernetes_made_one(tmp_path: Path) -> None:
+    variables = {"DPMOE_ROOT": str(tmp_path), "DPMOE_PLAN": "/plan.json"}
+    with pytest.raises(BadPlan, match="pass --output DIR, or set DPMOE_TERMINATION_LOG"):
+        read_settings([], variables)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/termination-log").touch()
+    assert read_settings([], variables).report == tmp_path / "dev/termination-log"

@@ -1,0 +1,102 @@
+"""Where a model goes: whole or not at all, to folders and to object stores."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from dpmoe_trainer.contract import OutputPlan
+from dpmoe_trainer.environment import Settings
+from dpmoe_trainer.errors import BadPlan, SavingFailed
+from dpmoe_trainer.output import open_target
+
+FILES = {"config.json": "{}", "model.safetensors": "weights", "templates/chat.jinja": "hello"}
+
+
+def settings(output: Path | None = None, root: Path | None = None) -> Settings:
+    return Settings(Path("plan"), Path("report"), output, None, root)
+
+
+def write(folder: Path) -> None:
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    store = fsspec.filesystem("memory")
+    yield store
+    store.rm("/bucket", recursive=True)
+
+
+def test_a_folder_gets_all_files(tmp_path: Path) -> None:
+    target = open_target(OutputPlan(path="/models/mine"), settings(root=tmp_path))
+    assert target is not None
+    assert target.name == "/models/mine"
+    target.save(write, 100)
+    folder = tmp_path / "models/mine"
+    found = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    assert found == FILES
+
+
+def test_a_store_gets_all_files_and_the_configuration_last(
+    memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = open_target(OutputPlan(uri="memory://bucket/mine/"), settings())
+    assert target is not None
+    target.save(write, 100)
+    assert {name: memory.cat(f"/bucket/mine/{name}").decode() for name in FILES} == FILES
+    created = {name: memory.created(f"/bucket/mine/{name}") for name in FILES}
+    assert max(created, key=lambda name: created[name]) == "config.json"
+    assert not memory.exists("/bucket/mine/.write-check")
+    with pytest.raises(BadPlan, match="already holds a model"):
+        open_target(OutputPlan(uri="memory://bucket/mine"), settings())
+
+
+def test_a_store_that_breaks_off(
+    memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = open_target(OutputPlan(uri="memory://bucket/mine"), settings())
+    assert target is not None
+
+    def break_off(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "the bucket's own words")
+
+    monkeypatch.setattr(type(memory), "put_file", break_off)
+    with pytest.raises(SavingFailed, match=r"memory://bucket/mine' \(Permission denied\)"):
+        target.save(write, 100)
+    assert not memory.exists("/bucket/mine/config.json")
+
+
+def test_the_command_lines_folder_comes_first(tmp_path: Path) -> None:
+    target = open_target(OutputPlan(uri="nosuch://x"), settings(output=tmp_path / "here"))
+    assert target is not None
+    assert target.name == str(tmp_path / "here")
+
+
+def test_an_earlier_report_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "lost+found").mkdir()
+    target = open_target(None, settings(output=tmp_path))
+    assert target is not None
+    target.save(write, 100)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_no_output_keeps_no_model() -> None:
+    assert open_target(None, settings()) is None
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def fill_the_disk(folder: Path) -> None:
+        (folder / "model.safetensors").write_text("half of it")
+        raise OSError(28, "zebrafish")
+
+    target = open_target(None, settings(output=tmp_path / "here"))
+    assert target is not None
+    with pytest.raises(SavingFailed, match="No space left on device") as caught:
+        target.save(fill_the_disk, 100)
+    assert "zebrafish" not in str(caught.value)
+    assert not list((tmp_path / "here").iterdir())

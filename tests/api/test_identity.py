@@ -11,7 +11,11 @@ from dpmoe_operator.api.base import parse
 from dpmoe_operator.api.identity import DataIdentity, TakenRows
 from dpmoe_operator.api.privateblock import PrivateBlockSpec
 
-HUB = {"claim": ABSENT, "format": ABSENT, "huggingFace": {"id": "owner/reviews"}}
+HUB: dict[str, Any] = {
+    "claim": ABSENT,
+    "format": ABSENT,
+    "huggingFace": {"id": "owner/reviews"},
+}
 
 
 def account(namespace: str = "vault", **dataset: Any) -> str:

@@ -46,7 +46,8 @@ def half_frozen_model() -> DPMoEBertForSequenceClassification:
         moe_layers=[2],
         num_labels=4,
     )
-    model = DPMoEBertForSequenceClassification(config).eval()
+    model = DPMoEBertForSequenceClassification(config)
+    model.eval()
     model.requires_grad_(False)
     model.layers[2].requires_grad_(True)
     return model

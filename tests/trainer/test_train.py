@@ -16,17 +16,20 @@ import torch
 from tests.trainer.runs import PlanMaker, Trainer, plan_of, sentences, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-import dpmoe_trainer.train
 from dpmoe_trainer.__main__ import main
 from dpmoe_trainer.contract import ExitCode, Outcome, Progress, TrainingReport
 from dpmoe_trainer.dp.accounting import spent
+from dpmoe_trainer.dp.noise import add_noise
 
 SECRET = "zebrafish"
 """A word of private rows that must not come out anywhere."""
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    state: dict[str, torch.Tensor] = AutoModelForSequenceClassification.from_pretrained(
+        folder
+    ).state_dict()
+    return state
 
 
 def test_a_run_leaves_a_model_that_transformers_loads_and_a_report_that_proves_it(
@@ -240,14 +243,12 @@ def test_in_a_pod_the_environment_names_everything(
 def test_a_crash_reports_the_steps_but_not_the_errors_text(
     trainer: Trainer, make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = dpmoe_trainer.train.add_noise
-
     def choke(*arguments: Any) -> dict[str, torch.Tensor]:
         if arguments[-1] == 1:
             raise ValueError(f"cannot digest {SECRET}")
-        return original(*arguments)
+        return add_noise(*arguments)
 
-    monkeypatch.setattr(dpmoe_trainer.train, "add_noise", choke)
+    monkeypatch.setattr("dpmoe_trainer.train.add_noise", choke)
     run = trainer.run(make_plan())
     assert run.code == ExitCode.CRASHED
     assert run.report is not None

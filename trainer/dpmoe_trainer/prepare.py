@@ -126,7 +126,9 @@ def _load(
     )
 
 
-def _check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+def _check_sizes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> None:
     """A row must not be able to break the run by its length or its words."""
     positions = getattr(model.config, "max_position_embeddings", max_tokens)
     if max_tokens > positions:

@@ -29,9 +29,9 @@ def silence_libraries() -> None:
 
 def keep_offline(plan: TrainingPlan) -> None:
     """Forbids the Hugging Face libraries any request, unless the plan itself names the hub."""
-    sources = [plan.model, *(block.data for block in plan.blocks)]
-    sources += [plan.evaluation.data] if plan.evaluation else []
-    if all(source.hugging_face is None for source in sources):
+    names = [plan.model.hugging_face, *(block.data.hugging_face for block in plan.blocks)]
+    names += [plan.evaluation.data.hugging_face] if plan.evaluation else []
+    if not any(names):
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
 

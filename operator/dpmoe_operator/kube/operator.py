@@ -25,7 +25,7 @@ from dpmoe_operator.kube.lease import Leadership
 from dpmoe_operator.kube.loop import RoundLoop
 from dpmoe_operator.kube.picture import Picture
 from dpmoe_operator.kube.progress import poll_progress
-from dpmoe_operator.kube.resources import DPMOE_JOBS, PRIVATE_BLOCKS
+from dpmoe_operator.kube.resources import DPMOE_JOBS, LEDGER_ENTRIES, PRIVATE_BLOCKS
 from dpmoe_operator.kube.store import KubeEntryStore
 from dpmoe_operator.kube.workloads import WorkloadWatch
 from dpmoe_operator.ledger.log import Ledger
@@ -38,6 +38,10 @@ RESYNC_SECONDS = 120.0
 """kopf does not tell what vanished while its watch was interrupted; a fresh list does."""
 
 STALLED_SECONDS = 120.0
+
+
+class OperatorError(RuntimeError):
+    """The operator cannot start; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,10 @@ def run_operator(options: OperatorOptions) -> None:
 
     Raises:
         ValueError: the policy is unknown.
+        OperatorError: the API server cannot be reached, or does not serve or allow what is needed.
     """
     policy(options.settings.policy)
+    asyncio.run(_check_access(options))
     registry = kopf.OperatorRegistry()
     operator = _Operator(options)
     operator.register(registry)
@@ -74,8 +80,21 @@ def run_operator(options: OperatorOptions) -> None:
         standalone=True,
         liveness_endpoint=options.liveness,
     )
-    if operator.failure is not None:
-        raise operator.failure
+
+
+async def _check_access(options: OperatorOptions) -> None:
+    """Read one object of each kind, so that what is missing is one clear line, not a traceback."""
+    needed = (
+        (PRIVATE_BLOCKS, None),
+        (DPMOE_JOBS, None),
+        (LEDGER_ENTRIES, options.settings.namespace),
+    )
+    try:
+        async with KubeClient(options.access) as client:
+            for resource, namespace in needed:
+                await client.raw("GET", resource.path(namespace), params={"limit": "1"})
+    except ApiError as error:
+        raise OperatorError(str(error)) from error
 
 
 def _kopf_settings() -> kopf.OperatorSettings:
@@ -93,7 +112,6 @@ class _Operator:
     """Everything that lives as long as the process does."""
 
     def __init__(self, options: OperatorOptions) -> None:
-        self.failure: Exception | None = None
         self._options = options
         self._identity = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._stack = AsyncExitStack()

@@ -23,13 +23,6 @@ from dpmoe_trainer.errors import BadData
 READ_ROWS = 1000
 """Rows that are converted at a time while a table is read."""
 
-_BUILDERS = {
-    DataFormat.CSV: ("csv", {"sep": ","}),
-    DataFormat.TSV: ("csv", {"sep": "\t"}),
-    DataFormat.JSONL: ("json", {}),
-    DataFormat.PARQUET: ("parquet", {}),
-}
-
 
 @dataclass(frozen=True)
 class Table:
@@ -80,12 +73,9 @@ def read_table(
                     f"{field}: the table has no column {column!r}; name a column that it has, or "
                     f"add the column to the table"
                 )
-        rows = range(len(batch[plan.text_column]))
-        if partition:
-            rows = [
-                row for row in rows if _as_string(batch[partition.column][row]) in partition.values
-            ]
-        for row in rows:
+        for row in range(len(batch[plan.text_column])):
+            if partition and _as_string(batch[partition.column][row]) not in partition.values:
+                continue
             texts.append(_text(batch[plan.text_column][row], f"{field}.textColumn", plan))
             classes.append(
                 _label(batch[plan.label_column][row], f"{field}.labelColumn", plan, labels)
@@ -114,13 +104,7 @@ def _batches(plan: DataPlan, field: str, columns: list[str]) -> Iterator[dict[st
         try:
             if plan.path is not None:
                 assert plan.format is not None, "the contract pairs path with format"
-                builder, options = _BUILDERS[plan.format]
-                if builder == "csv":
-                    # Cells stay the strings they are: no guessed numbers, no "NA" turned to null.
-                    options = options | {
-                        "converters": dict.fromkeys(columns, str),
-                        "keep_default_na": False,
-                    }
+                builder, options = _builder(plan.format, columns)
                 dataset = datasets.load_dataset(
                     builder,
                     data_files=[glob.escape(plan.path)],
@@ -147,6 +131,17 @@ def _batches(plan: DataPlan, field: str, columns: list[str]) -> Iterator[dict[st
                 f"{field}: {source!r} cannot be read{kind} ({type(error).__name__}); check that "
                 f"the table is complete, and that its format and split are as the plan says"
             ) from None
+
+
+def _builder(format: DataFormat, columns: list[str]) -> tuple[str, dict[str, Any]]:
+    """The builder of `datasets` for a format, and its options."""
+    if format is DataFormat.JSONL:
+        return "json", {}
+    if format is DataFormat.PARQUET:
+        return "parquet", {}
+    # Cells stay the strings that they are: no guessed numbers, no "NA" turned to null.
+    options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
+    return "csv", options | {"sep": "\t" if format is DataFormat.TSV else ","}
 
 
 def _text(value: object, field: str, plan: DataPlan) -> str:

@@ -40,7 +40,7 @@ def poisson_draw(units: int, sampling_rate: float, key: NoiseKey, step: int) -> 
 
 
 def physical_batches(
-    drawn: Indices, size: int, lengths: Sequence[int] | None = None
+    drawn: Indices, size: int, lengths: Sequence[int] | Indices | None = None
 ) -> list[Indices]:
     """Splits a logical batch into physical ones.
 

@@ -20,6 +20,7 @@ from dpmoe_operator.api.ledgerentry import (
     Record,
     Settled,
 )
+from dpmoe_operator.control.accounts import to_open
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.views import BlockView, JobView, Snapshot, WorkloadView, format_time
 from dpmoe_operator.ledger.entry import seal, to_manifest
@@ -181,6 +182,14 @@ def commit(ledger: LedgerState, *records: Any, time: datetime = NOW) -> Object:
     manifest = to_manifest(spec, "dpmoe-system")
     ledger.apply(manifest)
     return manifest
+
+
+def with_accounts(*blocks: Object, time: datetime = NOW) -> LedgerState:
+    """A ledger in which the accounts of these blocks are open."""
+    ledger = LedgerState()
+    if openings := to_open(snapshot(blocks)):
+        commit(ledger, *openings, time=time)
+    return ledger
 
 
 def wrapped(record: Any) -> Record:

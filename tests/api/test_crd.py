@@ -1,4 +1,4 @@
-"""CustomResourceDefinitions: structural, bounded everywhere, and the same as what the models say."""
+"""CustomResourceDefinitions: structural, bounded everywhere, and saying what the models say."""
 
 import json
 import re

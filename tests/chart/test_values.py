@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.chart.conftest import FULL
-from tests.chart.helm import CHART, Helm
+from tests.chart.helm import CHART, ROOT, Helm
 
 from dpmoe_operator.scheduling.policies import POLICIES
 
@@ -103,6 +103,13 @@ def test_every_value_is_documented() -> None:
     text = (CHART / "values.yaml").read_text()
     documented = re.findall(r"# -- .*\n(?: *# .*\n)* *(\w+):", text)
     assert Counter(documented) == Counter(leaf.rsplit("/", 1)[1] for leaf in leaves(VALUES))
+
+
+def test_the_install_page_lists_every_value() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    table = page.split("## Values")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `([A-Za-z.]+)` \|", table, flags=re.M)
+    assert listed == [leaf[1:].replace("/", ".") for leaf in leaves(VALUES)]
 
 
 def test_the_notes_say_what_to_do_next(helm: Helm) -> None:

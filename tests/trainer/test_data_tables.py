@@ -74,6 +74,13 @@ def test_rows_outside_the_partition_are_nobodys_business(tmp_path: Path) -> None
     assert table.texts == ["mine"]
 
 
+def test_a_folder_is_all_files_of_the_format_in_it(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "notes.txt"):
+        (tmp_path / name).write_text(json.dumps({"text": name, "label": 0}) + "\n")
+    table = read_table(data_plan(tmp_path, "jsonl"), "data", labels=2)
+    assert table.texts == ["a.jsonl", "b.jsonl"]
+
+
 def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
     path = tmp_path / "table"
     path.write_text("".join(json.dumps({"text": str(n), "label": 0}) + "\n" for n in range(2500)))
@@ -159,5 +166,7 @@ def test_a_row_without_a_user(tmp_path: Path) -> None:
 
 
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(BadData, match=r"data\.path: .*nowhere' is not a file; check the path"):
+    with pytest.raises(BadData, match=r"data\.path: .*nowhere' does not exist; check the path"):
         read_table(data_plan(tmp_path / "nowhere", "jsonl"), "data", labels=2)
+    with pytest.raises(BadData, match=r"is a folder without \*\.jsonl files"):
+        read_table(data_plan(tmp_path, "jsonl"), "data", labels=2)

@@ -98,8 +98,7 @@ def _batches(plan: DataPlan, field: str, columns: list[str]) -> Iterator[dict[st
     # Imported late: it takes more than a second, and a refused plan needs none of it.
     import datasets
 
-    if plan.path is not None and not Path(plan.path).is_file():
-        raise BadData(f"{field}.path: {plan.path!r} is not a file; check the path and its volume")
+    files = _files(plan, field)
     with tempfile.TemporaryDirectory(prefix="dpmoe-locks-") as locks:
         try:
             if plan.path is not None:
@@ -107,7 +106,7 @@ def _batches(plan: DataPlan, field: str, columns: list[str]) -> Iterator[dict[st
                 builder, options = _builder(plan.format, columns)
                 dataset = datasets.load_dataset(
                     builder,
-                    data_files=[glob.escape(plan.path)],
+                    data_files=[glob.escape(str(file)) for file in files],
                     split=plan.split or "train",
                     streaming=True,
                     cache_dir=locks,
@@ -131,6 +130,24 @@ def _batches(plan: DataPlan, field: str, columns: list[str]) -> Iterator[dict[st
                 f"{field}: {source!r} cannot be read{kind} ({type(error).__name__}); check that "
                 f"the table is complete, and that its format and split are as the plan says"
             ) from None
+
+
+def _files(plan: DataPlan, field: str) -> list[Path]:
+    """The table's file, or the files of its format in the folder; none for a table of a hub."""
+    if plan.path is None:
+        return []
+    path = Path(plan.path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise BadData(f"{field}.path: {plan.path!r} does not exist; check the path and its volume")
+    files = sorted(path.glob(f"*.{plan.format}"))
+    if not files:
+        raise BadData(
+            f"{field}.path: {plan.path!r} is a folder without *.{plan.format} files; name a file, "
+            f"or a folder that has some"
+        )
+    return files
 
 
 def _builder(format: DataFormat, columns: list[str]) -> tuple[str, dict[str, Any]]:

@@ -10,16 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dpmoe_trainer.dp.rules.embedding import embedding
-from dpmoe_trainer.dp.rules.linear import linear
-from dpmoe_trainer.dp.rules.norm import layer_norm, multiply, rms_norm
+from dpmoe_trainer.dp.rules import embedding, linear, norm
 from dpmoe_trainer.dp.tape import Rule
 
 RULES: dict[Callable[..., Any], Rule] = {
-    F.linear: linear,
-    F.embedding: embedding,
-    F.layer_norm: layer_norm,
-    F.rms_norm: rms_norm,
-    torch.mul: multiply,
-    torch.Tensor.mul: multiply,
+    F.linear: linear.linear,
+    F.embedding: embedding.embedding,
+    F.layer_norm: norm.layer_norm,
+    F.rms_norm: norm.rms_norm,
+    torch.mul: norm.multiply,
+    torch.Tensor.mul: norm.multiply,
 }

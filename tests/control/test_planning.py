@@ -1,0 +1,571 @@
+"""Planning: what a plan pins and costs, and every reason why there is none, with its remedy."""
+
+import contextlib
+import math
+from typing import Any
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from tests.builders import (
+    ABSENT,
+    IMAGE,
+    OTHER_TEAM,
+    OWNER,
+    SETTINGS,
+    TEAM,
+    UNITS,
+    Object,
+    block,
+    job,
+    merged,
+    snapshot,
+    with_accounts,
+)
+
+from dpmoe_operator.api.reasons import Reason
+from dpmoe_operator.control.accounts import standings
+from dpmoe_operator.control.planning import Planned, Planner, Refusal, plan_job
+from dpmoe_operator.control.views import JobView
+from dpmoe_operator.privacy.calibration import epsilon_for
+from dpmoe_operator.privacy.mechanisms import demand
+from dpmoe_operator.privacy.orders import DEFAULT_ORDERS
+
+ACCOUNT = "claim://vault/data/reviews.jsonl"
+
+
+def plan(asked: Object, *blocks: Object) -> Planned:
+    return plan_job(JobView.of(asked), standings(snapshot(blocks or [block()])), SETTINGS)
+
+
+def refusal(asked: Object, *blocks: Object) -> tuple[Reason, str]:
+    with pytest.raises(Refusal) as refused:
+        plan(asked, *blocks)
+    return refused.value.reason, refused.value.message
+
+
+# What a plan says
+
+
+def test_plan_pins_the_mechanism() -> None:
+    planned = plan(job(privacy={"epsilon": "2", "clippingNorm": "0.5"}))
+    privacy = planned.plan.privacy
+    assert privacy.sampling_rate == 100 / UNITS
+    assert privacy.expected_batch == 100
+    assert privacy.steps == 100
+    assert privacy.clipping_norm == 0.5
+    assert privacy.delta == 1e-6
+    assert privacy.epsilon == 2
+    spent = epsilon_for(privacy.noise_multiplier, 1e-6, 0.01, 100)
+    assert 2 * 0.99 < spent <= 2
+
+
+def test_demand_is_the_price_of_exactly_that_mechanism() -> None:
+    planned = plan(job())
+    privacy = planned.plan.privacy
+    price = demand(privacy.noise_multiplier, privacy.sampling_rate, privacy.steps, DEFAULT_ORDERS)
+    assert planned.demand == {ACCOUNT: price}
+    assert privacy.orders == tuple(float(order) for order in DEFAULT_ORDERS)
+
+
+def test_demand_is_on_the_orders_of_each_block() -> None:
+    blocks = [block("a", budget={"orders": ["2", "8"]}), block("b", budget={"orders": ["8"]})]
+    planned = plan(job(blocks={"names": ["a", "b"]}), *blocks)
+    on_a, on_b = planned.demand.values()
+    assert (len(on_a), len(on_b)) == (2, 1)
+    assert on_a[1] == on_b[0]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "steps"), [(1, 100, 100), (3, 100, 300), (1, 99, 102), (2, UNITS, 2)]
+)
+def test_epochs_become_steps_rounded_up(epochs: int, batch: int, steps: int) -> None:
+    training = {"steps": ABSENT, "epochs": epochs, "logicalBatch": batch}
+    privacy = {"epsilon": ABSENT, "noiseMultiplier": "8"}
+    planned = plan(job(training=training, privacy=privacy))
+    assert planned.plan.privacy.steps == steps == math.ceil(epochs * UNITS / batch)
+
+
+def test_sampling_rate_is_over_all_blocks_together() -> None:
+    planned = plan(job(blocks={"names": ["a", "b"]}), block("a"), block("b"))
+    assert planned.plan.privacy.sampling_rate == 100 / (2 * UNITS)
+    assert [b.name for b in planned.plan.blocks] == ["a", "b"]
+    assert len(set(planned.demand.values())) == 1
+
+
+def test_stated_noise_multiplier_is_taken_as_it_is() -> None:
+    privacy = plan(job(privacy={"epsilon": ABSENT, "noiseMultiplier": "1.25"})).plan.privacy
+    assert privacy.noise_multiplier == 1.25
+    assert privacy.epsilon == epsilon_for(1.25, 1e-6, 0.01, 100)
+
+
+def test_both_stated_hold_together_within_what_was_written_by_hand() -> None:
+    exact = epsilon_for(1.25, 1e-6, 0.01, 100)
+    plan(job(privacy={"epsilon": f"{exact * 1.5:.6f}", "noiseMultiplier": "1.25"}))
+    plan(job(privacy={"epsilon": f"{exact * 0.9995:.6f}", "noiseMultiplier": "1.25"}))
+    reason, message = refusal(
+        job(privacy={"epsilon": f"{exact * 0.99:.6f}", "noiseMultiplier": "1.25"})
+    )
+    assert reason is Reason.INVALID_SPEC
+    assert message.startswith("spec.privacy.noiseMultiplier: '1.25': contradicts epsilon")
+    assert f"it costs epsilon {exact:.4g}; state one of the two" in message
+
+
+def test_plan_carries_what_the_trainer_needs() -> None:
+    evaluation = {
+        "format": "csv",
+        "textColumn": "t",
+        "labelColumn": "l",
+        "claim": {"claimName": "public", "path": "test.csv"},
+    }
+    asked = job(
+        "my-run",
+        uid="u",
+        model={"upcycle": {"experts": 4, "layers": [0, 1]}, "trainable": ["*.experts.*"]},
+        training={"physicalBatch": 8, "maxTokens": 32, "optimizer": {"name": "sgd"}},
+    )
+    partition = {"column": "year", "values": ["2025"]}
+    reviews = block(
+        dataset={"partition": partition, "labels": 5},
+        evaluation=evaluation,
+        unit={"kind": "user", "column": "author"},
+    )
+    written = plan(asked, reviews).plan
+    assert (written.job.namespace, written.job.name, written.job.uid) == (TEAM, "my-run", "u")
+    [data] = written.blocks
+    assert data.account == f"{ACCOUNT}?year=2025"
+    assert data.units == UNITS
+    assert (data.unit.kind, data.unit.column) == ("user", "author")
+    assert data.data.path == "/dpmoe/claims/data/reviews.jsonl"
+    assert data.data.partition is not None
+    assert data.data.partition.values == ("2025",)
+    assert written.model.path == "/dpmoe/claims/models/tiny"
+    assert written.model.labels == 5
+    assert written.model.upcycle is not None
+    assert (written.model.upcycle.experts, written.model.upcycle.top_k) == (4, 2)
+    assert written.model.trainable == ("*.experts.*",)
+    assert written.training.optimizer.learning_rate == 0.001
+    assert (written.training.physical_batch, written.training.max_tokens) == (8, 32)
+    assert written.evaluation is not None
+    assert written.evaluation.data.path == "/dpmoe/claims/public/test.csv"
+    assert written.output is not None
+    assert written.output.path == f"/dpmoe/outputs/results/{TEAM}/run"
+
+
+def test_other_sources_and_targets() -> None:
+    hub = {"claim": ABSENT, "format": ABSENT, "huggingFace": {"id": "o/r", "revision": "v1"}}
+    access = [{"namespace": TEAM, "outputs": [{"uriPrefix": "s3://bucket/a/"}]}]
+    asked = job(
+        model={"claim": ABSENT, "path": "/models/tiny"},
+        output={"claim": ABSENT, "uri": "s3://bucket/a/run"},
+    )
+    written = plan(asked, block(dataset=hub, access=access)).plan
+    data = written.blocks[0].data
+    assert (data.path, data.hugging_face, data.revision, data.split) == (None, "o/r", "v1", "train")
+    assert written.model.path == "/models/tiny"
+    assert written.output is not None
+    assert (written.output.path, written.output.uri) == (None, "s3://bucket/a/run")
+
+
+def test_results_of_two_teams_cannot_meet() -> None:
+    paths = {plan(job(namespace=namespace)).plan.output for namespace in (TEAM, OTHER_TEAM)}
+    assert len(paths) == 2
+
+
+def test_image_is_the_operators_unless_the_owner_trusts_another() -> None:
+    assert plan(job()).image == IMAGE
+    assert plan(job(image=IMAGE)).image == IMAGE
+    access = [
+        {
+            "namespace": TEAM,
+            "models": ["models"],
+            "outputs": [{"claimName": "results"}],
+            "images": ["registry.example/other:1"],
+        }
+    ]
+    trusting = block(access=access)
+    assert plan(job(image="registry.example/other:1"), trusting).image.endswith("other:1")
+
+
+def test_caps_of_the_jobs_namespace() -> None:
+    access = [
+        {
+            "namespace": TEAM,
+            "maxEpsilon": "3",
+            "models": ["models"],
+            "outputs": [{"claimName": "results"}],
+        }
+    ]
+    assert plan(job()).caps == {}
+    assert plan(job(), block(access=access)).caps == {ACCOUNT: "3"}
+
+
+# Which blocks
+
+
+def test_selector_takes_the_first_matching_blocks_by_name() -> None:
+    labelled = {"labels": {"kind": "reviews"}}
+    blocks = [block(name, meta=labelled) for name in ("c", "a", "b")] + [block("other")]
+    chosen = {"names": ABSENT, "selector": {"matchLabels": {"kind": "reviews"}}}
+    assert [b.name for b in plan(job(blocks=chosen), *blocks).plan.blocks] == ["a", "b", "c"]
+    two = plan(job(blocks={**chosen, "count": 2}), *blocks)
+    assert [b.name for b in two.plan.blocks] == ["a", "b"]
+    reason, message = refusal(job(blocks={**chosen, "count": 4}), *blocks)
+    assert reason is Reason.BLOCK_NOT_FOUND
+    assert message.startswith("spec.blocks.count: 4: only 3 PrivateBlocks in namespace vault match")
+
+
+def test_selector_leaves_refused_and_foreign_blocks_out() -> None:
+    labelled = {"labels": {"kind": "reviews"}}
+    blocks = [
+        block("a", meta=labelled, budget={"epsilon": "-1"}),
+        block("b", "elsewhere", meta=labelled),
+        block("c", meta={"labels": {"kind": "reviews", "more": "x"}}),
+    ]
+    chosen = {"names": ABSENT, "selector": {"matchLabels": {"kind": "reviews"}}}
+    assert [b.name for b in plan(job(blocks=chosen), *blocks).plan.blocks] == ["c"]
+    reason, message = refusal(
+        job(blocks={"names": ABSENT, "selector": {"matchLabels": {"kind": "none"}}}), *blocks
+    )
+    assert reason is Reason.BLOCK_NOT_FOUND
+    assert "only 0 PrivateBlocks" in message
+
+
+# Every refusal, with its reason and remedy
+
+NOT_OPENED: list[Any] = [
+    {"namespace": TEAM, "outputs": [{"claimName": "results"}]},
+    {"namespace": TEAM, "models": ["others"], "outputs": [{"claimName": "results"}]},
+]
+TWO = {"names": ["reviews", "more"]}
+
+REFUSED: dict[str, tuple[Object, list[Object], Reason, str]] = {
+    "unreadable job": (
+        job(privacy={"epsilon": "-1"}),
+        [block()],
+        Reason.INVALID_SPEC,
+        "spec.privacy.epsilon: '-1'",
+    ),
+    "no such block": (
+        job(blocks={"names": ["reviews", "nothing"]}),
+        [block()],
+        Reason.BLOCK_NOT_FOUND,
+        "spec.blocks.names: 'nothing': no such PrivateBlock in namespace vault; see 'kubectl get",
+    ),
+    "block of another namespace": (
+        job(),
+        [block(namespace="elsewhere")],
+        Reason.BLOCK_NOT_FOUND,
+        "'reviews': no such PrivateBlock in namespace vault",
+    ),
+    "refused block": (
+        job(),
+        [block(budget={"epsilon": "-1"})],
+        Reason.BLOCK_NOT_FOUND,
+        "'reviews': the block is refused (InvalidSpec); its owner must mend it first",
+    ),
+    "no access": (
+        job(namespace="strangers"),
+        [block()],
+        Reason.BLOCK_NOT_SHARED,
+        "'reviews': gives namespace strangers no access; its owner must add the namespace to the"
+        " block's spec.access",
+    ),
+    "no access to one of two": (
+        job(blocks=TWO),
+        [block(), block("more", access=[])],
+        Reason.BLOCK_NOT_SHARED,
+        "'more': gives namespace team-a no access",
+    ),
+    "untrusted image": (
+        job(image="evil/image:1"),
+        [block()],
+        Reason.BLOCK_NOT_SHARED,
+        "spec.image: 'evil/image:1': is not trusted by block reviews; leave it out",
+    ),
+    "model claim that is not opened": (
+        job(),
+        [block(access=NOT_OPENED[:1])],
+        Reason.BLOCK_NOT_SHARED,
+        "spec.model.claim.claimName: 'models': block reviews opens [] for models",
+    ),
+    "another model claim is opened": (
+        job(),
+        [block(access=NOT_OPENED[1:])],
+        Reason.BLOCK_NOT_SHARED,
+        "block reviews opens ['others'] for models; use one of them, or ask the owner",
+    ),
+    "the private data as a model": (
+        job(model={"claim": {"claimName": "data"}}),
+        [block()],
+        Reason.BLOCK_NOT_SHARED,
+        "spec.model.claim.claimName: 'data'",
+    ),
+    "another team's result as a model": (
+        job(model={"claim": ABSENT, "path": f"/dpmoe/outputs/results/{OTHER_TEAM}/run"}),
+        [block()],
+        Reason.INVALID_SPEC,
+        "spec.model.path: '/dpmoe/outputs/results/team-b/run': must be a folder of the trainer",
+    ),
+    "output claim that is not opened": (
+        job(output={"claim": {"claimName": "data"}}),
+        [block()],
+        Reason.BLOCK_NOT_SHARED,
+        "spec.output.claim.claimName: 'data': block reviews opens ['results'] for results",
+    ),
+    "URI that is not opened": (
+        job(output={"claim": ABSENT, "uri": "s3://mine/run"}),
+        [block()],
+        Reason.BLOCK_NOT_SHARED,
+        "spec.output.uri: 's3://mine/run': block reviews opens [] for results",
+    ),
+    "URI beside an opened prefix": (
+        job(output={"claim": ABSENT, "uri": "s3://bucket/team-a2/run"}),
+        [
+            block(
+                access=[
+                    {
+                        "namespace": TEAM,
+                        "models": ["models"],
+                        "outputs": [{"uriPrefix": "s3://bucket/team-a/"}],
+                    }
+                ]
+            )
+        ],
+        Reason.BLOCK_NOT_SHARED,
+        "block reviews opens ['s3://bucket/team-a/'] for results",
+    ),
+    "other labels": (
+        job(blocks=TWO),
+        [block(), block("more", dataset={"labels": 3})],
+        Reason.INVALID_SPEC,
+        "spec.blocks: 'more': has 3 labels, not 2",
+    ),
+    "other units": (
+        job(blocks=TWO),
+        [block(), block("more", unit={"kind": "user", "column": "author"})],
+        Reason.INVALID_SPEC,
+        "spec.blocks: 'more': protects users, not examples",
+    ),
+    "delta of one in N": (
+        job(privacy={"delta": "0.0001"}),
+        [block()],
+        Reason.INVALID_SPEC,
+        "spec.privacy.delta: '0.0001': must be below 1/N = 1/10000, the units of block reviews",
+    ),
+    "delta against the largest block": (
+        job(privacy={"delta": "0.00001"}, blocks=TWO),
+        [block(), block("more", dataset={"units": 100_000})],
+        Reason.INVALID_SPEC,
+        "must be below 1/N = 1/100000, the units of block more",
+    ),
+    "several pods": (
+        job(parallelism={"workers": 2}),
+        [block()],
+        Reason.INVALID_SPEC,
+        "spec.parallelism: 'workers 2, expertParallel 1': must be 1",
+    ),
+    "batch above the units": (
+        job(training={"logicalBatch": UNITS + 1}),
+        [block()],
+        Reason.INVALID_SPEC,
+        "spec.training.logicalBatch: 10001: must be at most 10000",
+    ),
+    "too many steps": (
+        job(training={"steps": ABSENT, "epochs": 10_000, "logicalBatch": 1}),
+        [block()],
+        Reason.INVALID_SPEC,
+        "spec.training.epochs: 10000: makes 100000000 steps, must make at most 10000000",
+    ),
+    "epsilon without meaning": (
+        job(privacy={"epsilon": "1000.1"}),
+        [block()],
+        Reason.INVALID_SPEC,
+        "spec.privacy.epsilon: '1000.1': must be at most 1000",
+    ),
+    "noise without meaning": (
+        job(privacy={"epsilon": ABSENT, "noiseMultiplier": "0.05"}),
+        [block()],
+        Reason.INVALID_SPEC,
+        "spec.privacy.noiseMultiplier: '0.05': costs epsilon",
+    ),
+    "epsilon that no noise gives": (
+        job(privacy={"epsilon": "0.000000001"}, training={"logicalBatch": UNITS}),
+        [block()],
+        Reason.INVALID_SPEC,
+        "spec.privacy: epsilon: 1e-09: needs a noise multiplier above 1000",
+    ),
+    "delta that is zero to a computer": (
+        job(privacy={"delta": "1e-999"}),
+        [block()],
+        Reason.INVALID_SPEC,
+        "delta: 0.0: must lie strictly between 0 and 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "blocks", "reason", "words"), REFUSED.values(), ids=REFUSED.keys()
+)
+def test_refuses(asked: Object, blocks: list[Object], reason: Reason, words: str) -> None:
+    found, message = refusal(asked, *blocks)
+    assert found is reason
+    assert words in message
+
+
+def test_every_block_must_open_model_and_output() -> None:
+    half = [{"namespace": TEAM, "models": ["models"]}]
+    reason, message = refusal(job(blocks=TWO), block(), block("more", access=half))
+    assert reason is Reason.BLOCK_NOT_SHARED
+    assert "block more opens [] for results" in message
+
+
+# Whatever is asked
+
+NUMBERS = ["1e-99", "0.000001", "0.7", "1", "50", "999999999"]
+ODD: list[Object] = [
+    *({"privacy": {"epsilon": text}} for text in ("0.000000001", "0.5", "900", "9999", ABSENT)),
+    *({"privacy": {"delta": text}} for text in ("1e-999", "1e-300", "1e-30", "0.00009")),
+    *({"privacy": {"noiseMultiplier": text}} for text in NUMBERS),
+    *({"privacy": {"epsilon": ABSENT, "noiseMultiplier": text}} for text in NUMBERS),
+    *({"privacy": {"clippingNorm": text}} for text in NUMBERS),
+    *({"training": {"logicalBatch": size}} for size in (1, 7, UNITS // 10 + 1, UNITS, 10**8)),
+    *({"training": {"steps": steps}} for steps in (1, 10**7)),
+    *({"training": {"steps": ABSENT, "epochs": epochs}} for epochs in (1, 10_000)),
+    *({"training": {"optimizer": {"learningRate": text}}} for text in NUMBERS),
+    *({"training": {"optimizer": {"momentum": text}}} for text in ("0.999999999999", "1", "7")),
+    *({"training": {"optimizer": {"weightDecay": text}}} for text in NUMBERS),
+    *({"training": {"maxTokens": count}} for count in (4, 8192)),
+    *({"model": {"upcycle": {"experts": n, "layers": [0, 1023]}}} for n in (2, 256, 257)),
+    *({"model": {"upcycle": {"experts": 64, "topK": k, "layers": [0]}}} for k in (1, 16, 17)),
+    *({"model": {"trainable": names}} for names in ([], ["*"], ["\x00"], [""])),
+    *({"model": {"claim": ABSENT, "huggingFace": {"id": "a/b", "revision": r}}} for r in ("", "v")),
+    *({"output": {"claim": {"path": path}}} for path in ("x" * 512, "x" * 513)),
+    *({"blocks": {"names": ABSENT, "selector": {"matchLabels": {}}, "count": n}} for n in (1, 9)),
+]
+ODD_BLOCKS: list[Object] = [
+    *({"budget": {"orders": orders}} for orders in (["1.000000000001"], ["1.5", "1024"], ["2.0"])),
+    *({"budget": {"epsilon": text}} for text in ("0.000000001", "9999.999999999")),
+    {"budget": {"delta": "1e-999"}},
+    {"dataset": {"units": 1}},
+    {"dataset": {"units": 10**10}, "budget": {"delta": "1e-11"}},
+    {"dataset": {"partition": {"column": "c" * 253, "values": ["", "v" * 253]}}},
+    {"dataset": {"partition": {"column": "c" * 253, "values": ["v" * 253] * 3}}},
+    {"dataset": {"partition": {"column": "ü" * 200, "values": ["ä"]}}},
+    {"unit": {"kind": "user", "column": "u" * 253}},
+]
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.sampled_from(ODD), max_size=4), st.lists(st.sampled_from(ODD_BLOCKS), max_size=2)
+)
+def test_every_manifest_is_planned_or_refused(of_job: list[Object], of_block: list[Object]) -> None:
+    """One team's odd manifest must never stop the round for everybody."""
+    asked, reviews = job(), block()
+    for oddity in of_job:
+        asked["spec"] = merged(asked["spec"], oddity)
+    for oddity in of_block:
+        reviews["spec"] = merged(reviews["spec"], oddity)
+    try:
+        planned = plan(asked, reviews)
+    except Refusal as refused:
+        event(str(refused.reason))
+        return
+    event("planned")
+    mechanism = planned.plan.privacy
+    assert 0 < mechanism.sampling_rate <= 1
+    assert 1 <= mechanism.steps <= 10**7
+    [price] = planned.demand.values()
+    assert min(price) >= 0
+    assert max(price) > 0
+
+
+# The planner's memory
+
+
+class Counting(Planner):
+    def __init__(self) -> None:
+        super().__init__(SETTINGS)
+        self.fresh = 0
+
+    def _fresh(self, job: Any, judged: Any) -> Planned | Refusal:
+        self.fresh += 1
+        return super()._fresh(job, judged)
+
+
+def test_unchanged_manifests_are_planned_once() -> None:
+    planner, asked, reviews = Counting(), JobView.of(job()), block()
+    ledger = with_accounts(reviews)
+    judged = standings(snapshot([reviews], ledger=ledger))
+    assert planner.plan(asked, judged) is planner.plan(asked, judged)
+    touched = block(uid=reviews["metadata"]["uid"], status={"jobs": 1})
+    planner.plan(asked, standings(snapshot([touched], ledger=ledger)))
+    assert planner.fresh == 1
+
+
+def test_refusals_are_remembered_and_raised_again() -> None:
+    planner, asked = Counting(), JobView.of(job(namespace="strangers"))
+    judged = standings(snapshot([block()]))
+    for _ in range(2):
+        with pytest.raises(Refusal, match="no access"):
+            planner.plan(asked, judged)
+    assert planner.fresh == 1
+
+
+def changed_block(**change: Any) -> Object:
+    return block(uid="b", **change)
+
+
+CHANGES: dict[str, tuple[Object, list[Object]]] = {
+    "the job": (job(uid="j", meta={"generation": 2}), [changed_block()]),
+    "the block": (job(uid="j"), [changed_block(meta={"generation": 2}, access=[])]),
+    "its labels": (job(uid="j"), [changed_block(meta={"labels": {"a": "b"}})]),
+    "another block of that name": (job(uid="j"), [block(uid="c")]),
+    "it is gone": (job(uid="j"), []),
+    "it became a duplicate": (
+        job(uid="j"),
+        [
+            changed_block(),
+            block(
+                "first",
+                dataset={"claim": {"claimName": "data", "path": "reviews.jsonl"}},
+                meta={"creationTimestamp": "2000-01-01T00:00:00Z"},
+            ),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("asked", "blocks"), CHANGES.values(), ids=CHANGES.keys())
+def test_what_changed_is_planned_anew(asked: Object, blocks: list[Object]) -> None:
+    planner = Counting()
+    planner.plan(JobView.of(job(uid="j")), standings(snapshot([changed_block()])))
+    with contextlib.suppress(Refusal):
+        planner.plan(JobView.of(asked), standings(snapshot(blocks)))
+    assert planner.fresh == 2
+
+
+def test_selecting_jobs_see_new_blocks() -> None:
+    chosen = {"names": ABSENT, "selector": {"matchLabels": {"kind": "x"}}}
+    planner, asked = Planner(SETTINGS), JobView.of(job(blocks=chosen))
+    labelled = {"labels": {"kind": "x"}}
+    first, second = block("a", meta=labelled), block("b", meta=labelled)
+    assert len(planner.plan(asked, standings(snapshot([first]))).plan.blocks) == 1
+    assert len(planner.plan(asked, standings(snapshot([first, second]))).plan.blocks) == 2
+
+
+def test_jobs_that_are_gone_are_forgotten() -> None:
+    planner, asked, judged = Counting(), JobView.of(job(uid="j")), standings(snapshot([block()]))
+    planner.plan(asked, judged)
+    planner.forget_all_but(["other"])
+    planner.plan(asked, judged)
+    planner.forget_all_but(["j"])
+    planner.plan(asked, judged)
+    assert planner.fresh == 2
+
+
+def test_names_of_the_data_namespace_only() -> None:
+    """A block of the same name elsewhere is another block."""
+    both = [block(namespace="elsewhere", access=[]), block()]
+    assert plan(job(), *both).plan.blocks[0].namespace == OWNER

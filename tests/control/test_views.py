@@ -48,7 +48,8 @@ def test_unreadable_manifests_keep_their_error() -> None:
 
 
 def test_empty_manifests_are_unreadable_not_fatal() -> None:
-    for spec in (None, {}, []):
+    nothing: tuple[Any, ...] = (None, {}, [])
+    for spec in nothing:
         manifest = job() | {"spec": spec}
         assert JobView.of(manifest).spec is None
         assert BlockView.of(manifest).spec is None

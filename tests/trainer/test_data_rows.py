@@ -1,14 +1,12 @@
 """Batches of rows: padding, masks, and the cached outputs of frozen layers."""
 
 import numpy as np
-import pytest
 import torch
 from tests.trainer.runs import WORDS
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-import dpmoe_trainer.data.rows
-from dpmoe_trainer.data.rows import Rows, encode
+from dpmoe_trainer.data.rows import Lower, Rows, encode
 from dpmoe_trainer.models import DPMoEBertConfig, DPMoEBertForSequenceClassification
 
 CPU = torch.device("cpu")
@@ -56,7 +54,7 @@ def half_frozen_model() -> DPMoEBertForSequenceClassification:
 def test_cached_lower_layers_give_the_models_own_outputs() -> None:
     model = half_frozen_model()
     plain = Rows(TOKENS, [0, 1, 2, 3], 0, CPU).batch([1, 3, 0, 2])
-    cached = Rows(TOKENS, [0, 1, 2, 3], 0, CPU, model.lower)
+    cached = Rows(TOKENS, [0, 1, 2, 3], 0, CPU, model.lower, cache_bytes=1000)
     cached.batch([2, 1])  # some rows known, others not
     batch = cached.batch([1, 3, 0, 2])
     assert "input_ids" not in batch
@@ -67,7 +65,7 @@ def test_cached_lower_layers_give_the_models_own_outputs() -> None:
         )
 
 
-def counted_lower(seen: list[int], scale: float = 1.0) -> dpmoe_trainer.data.rows.Lower:
+def counted_lower(seen: list[int], scale: float = 1.0) -> Lower:
     def lower(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         seen.extend(input_ids[:, 0].tolist())
         return input_ids[..., None] * torch.tensor([1.0, 2.0]) * scale
@@ -75,22 +73,20 @@ def counted_lower(seen: list[int], scale: float = 1.0) -> dpmoe_trainer.data.row
     return lower
 
 
-def test_a_frozen_part_sees_each_row_once_while_there_is_room(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_frozen_part_sees_each_row_once_while_there_is_room() -> None:
     seen: list[int] = []
-    rows = Rows(TOKENS, [0, 1, 2, 3], 0, CPU, counted_lower(seen))
+    rows = Rows(TOKENS, [0, 1, 2, 3], 0, CPU, counted_lower(seen), cache_bytes=1000)
     for chosen in ([0, 1], [1, 2], [2, 0, 1]):
         hidden = rows.batch(chosen)["hidden_states"]
         assert hidden[:, 0, 0].tolist() == [TOKENS[row][0] for row in chosen]
     assert seen == [5, 8, 9]
 
-    monkeypatch.setattr(dpmoe_trainer.data.rows, "CACHE_BYTES", 1)
     seen.clear()
-    rows = Rows(TOKENS, [0, 1, 2, 3], 0, CPU, counted_lower(seen))
+    first_row = 3 * 2 * 2  # three tokens of two numbers in half precision
+    rows = Rows(TOKENS, [0, 1, 2, 3], 0, CPU, counted_lower(seen), cache_bytes=first_row)
     for _ in range(2):
         assert rows.batch([0, 1])["hidden_states"][1].tolist() == [[8, 16], [0, 0], [0, 0]]
-    assert seen == [5, 8, 8], "the first row filled the room"
+    assert seen == [5, 8, 8]
 
 
 def test_outputs_beyond_half_precision_are_kept_exactly() -> None:

@@ -1,7 +1,7 @@
 """Where one run finds its plan, data and outputs: the command line and the environment, as values.
 
 `DPMOE_ROOT` stands for `/` in the plan's absolute paths and in the other variables: a local process
-then sees the volumes of its pod below one folder. Nothing else of the trainer reads variables.
+then sees the volumes of its pod below one folder. No other module reads these variables.
 """
 
 import argparse

@@ -5,6 +5,7 @@ of them sees data, so every refusal here costs no privacy, and its text may quot
 """
 
 from dataclasses import dataclass
+from os import environ
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from dpmoe_trainer.dp import check_model
 from dpmoe_trainer.dp.accounting import AccountingMismatch, check_plan
 from dpmoe_trainer.environment import Settings
 from dpmoe_trainer.errors import BadModel, BadPlan, UncoveredMechanism
+from dpmoe_trainer.machine import processors
 from dpmoe_trainer.models import load_model, load_tokenizer, select_trainable, upcycle
 from dpmoe_trainer.models.load import resolve
 
@@ -78,6 +80,8 @@ def load(plan: TrainingPlan, settings: Settings) -> LoadedModel:
         BadModel: it cannot be loaded, does not fit the plan, or cannot be clipped.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "OMP_NUM_THREADS" not in environ:
+        torch.set_num_threads(processors())
     # What is fresh in the model (router, head) comes from the plan, so a plan names its start.
     # Noise and sampling have a secret key of their own.
     seed = int(plan.digest()[:8], 16)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -41,7 +42,8 @@ class ProgressBoard:
         self.steps = steps
         self.drawn = 0
         """Steps whose sample was drawn: each is spent, whether or not its update was made."""
-        self._epsilon = epsilon
+        # Remembered, since the operator asks more often than steps are made.
+        self._epsilon = lru_cache(maxsize=8)(epsilon)
         self._clock = clock
         self._phase: Phase = "Loading"
         self._started: float | None = None

@@ -23,10 +23,14 @@ from dpmoe_trainer.dp.sampling import poisson_draw
 from dpmoe_trainer.environment import Settings
 from dpmoe_trainer.errors import StopRequested
 from dpmoe_trainer.evaluate import evaluate
+from dpmoe_trainer.machine import memory
 from dpmoe_trainer.methods.dp_sgd import Updater, sum_clipped
 from dpmoe_trainer.output import open_target
 from dpmoe_trainer.prepare import LoadedModel, check_mechanism, load
 from dpmoe_trainer.progress import ProgressBoard
+
+CACHE_SHARE = 4
+"""The outputs of frozen layers may fill one part in so many of the memory."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def _located(data: DataPlan, field: str, settings: Settings) -> DataPlan:
 def _rows(table: Table, loaded: LoadedModel, max_tokens: int, lower: Lower | None) -> Rows:
     padding = loaded.tokenizer.pad_token_id
     tokens = encode(loaded.tokenizer, table.texts, max_tokens, padding)
-    return Rows(tokens, table.labels, padding, loaded.device, lower)
+    cache_bytes = memory() // CACHE_SHARE
+    return Rows(tokens, table.labels, padding, loaded.device, lower, cache_bytes)
 
 
 def _write(loaded: LoadedModel, folder: Path) -> None:

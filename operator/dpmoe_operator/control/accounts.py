@@ -6,7 +6,7 @@ if no other account may hold its rows, nor the rows of its releasable evaluation
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from dpmoe_operator.api.identity import DataIdentity, TakenRows
@@ -48,10 +48,23 @@ def standings(snapshot: Snapshot) -> dict[tuple[str, str], Standing]:
     accounts = snapshot.ledger.accounts
     opened_for = {account.opened.block.uid: name for name, account in accounts.items()}
     overlaps = dict(_overlaps(holders, accounts))
-    return {
+    judged = {
         key: _judge(block, holders, opened_for.get(block.meta.uid), accounts, overlaps)
         for key, block in snapshot.blocks.items()
     }
+    return {key: _if_served(standing, snapshot) for key, standing in judged.items()}
+
+
+def _if_served(standing: Standing, snapshot: Snapshot) -> Standing:
+    """Refuse a block whose namespace the operator may not look into."""
+    namespace = standing.block.meta.namespace
+    if standing.refusal is not None or namespace not in snapshot.unserved:
+        return standing
+    problem = (
+        f"metadata.namespace: {namespace!r}: the operator has no rights there"
+        f" ({snapshot.unserved[namespace]}); add it to dataNamespaces of the Helm release"
+    )
+    return replace(standing, refusal=("NamespaceNotServed", problem))
 
 
 def to_open(snapshot: Snapshot) -> list[AccountOpened]:

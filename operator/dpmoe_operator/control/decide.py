@@ -124,7 +124,16 @@ def _plan_all(
 
 
 def _open_grants(snapshot: Snapshot) -> Iterator[tuple[str, Grant]]:
-    return ((u, grant) for u, grant in snapshot.ledger.grants.items() if grant.settled is None)
+    """Grants to decide about: unsettled, and run where the operator may look."""
+    for uid, grant in snapshot.ledger.grants.items():
+        if grant.settled is None and _namespace(snapshot, grant) not in snapshot.unserved:
+            yield uid, grant
+
+
+def _namespace(snapshot: Snapshot, grant: Grant) -> str:
+    """The data namespace in which a grant's pods run."""
+    account = grant.granted.charges[0].account
+    return snapshot.ledger.accounts[account].opened.block.namespace
 
 
 def _settlements(

@@ -142,8 +142,10 @@ def answer(grant: Grant, workload: WorkloadView) -> TrainingReport:
     Raises:
         Unanswered: there is none, or it answers something else.
     """
-    pods = workload.first_pods
-    if len(pods) != 1 or workload.ended > len(workload.pods):
+    pods, known = workload.first_pods, len(workload.pods)
+    if workload.ended > known:
+        raise Unanswered("ReportMissing", f"{workload.ended} pods ended, {known} of them were seen")
+    if len(pods) != 1:
         raise Unanswered("ReportMissing", f"rank 0 ran in {len(pods)} known pods, not in one")
     report = _read_report(pods[0])
     problem = _contradiction(grant, report, pods[0])

@@ -311,6 +311,8 @@ class Snapshot:
         prepared: uids of DPMoEJobs whose launched objects are all known to exist.
         launch_errors: what kept a granted job's objects from being created, by its uid.
         progress: what rank 0 last reported, by the DPMoEJob's uid.
+        unserved: data namespaces that the operator may not look into, and what it was told. What
+            is in them is not gone, it is not seen: nothing there is decided.
         ledger: fold of the log.
         now: the time of the decision.
     """
@@ -323,3 +325,4 @@ class Snapshot:
     prepared: frozenset[str] = frozenset()
     launch_errors: Mapping[str, str] = field(default_factory=dict)
     progress: Mapping[str, Progress] = field(default_factory=dict)
+    unserved: Mapping[str, str] = field(default_factory=dict)

@@ -5,6 +5,7 @@ committed is in the ledger, and the next round decides the rest anew.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from datetime import UTC, datetime
@@ -63,8 +64,7 @@ class RoundLoop:
         while True:
             if not self._leadership.held:
                 fresh = False
-                self.last_round = time.monotonic()
-                await self._leadership.acquired.wait()
+                await self._wait_for_leadership()
             try:
                 if not fresh:
                     await self._ledger.load()
@@ -76,9 +76,10 @@ class RoundLoop:
             except LedgerError as error:
                 logger.critical("the ledger does not hold, granting is frozen: %s", error)
                 fresh, again = False, False
+                self.last_round = time.monotonic()  # A restart would not mend the ledger.
                 await asyncio.sleep(FROZEN_SECONDS)
             except (ApiError, NoAnswer, TimeoutError) as error:
-                logger.warning("round given up: %s", error)
+                logger.warning("round given up: %s", error or type(error).__name__)
                 again = True
                 await asyncio.sleep(RETRY_SECONDS)
             if not again:
@@ -91,10 +92,10 @@ class RoundLoop:
             Whether the next one should follow at once, since the ledger changed.
         """
         self._picture.changed.clear()
-        await self._watch.follow(self._picture.data_namespaces(self._ledger.state))
+        unserved = await self._watch.follow(self._picture.data_namespaces(self._ledger.state))
         await self._confirm_pods()
         now = datetime.now(UTC)
-        snapshot = self._picture.snapshot(self._ledger.state, now)
+        snapshot = self._picture.snapshot(self._ledger.state, now, unserved)
         decision = await asyncio.to_thread(decide, snapshot, self._settings, self._planner)
         for records in in_entries(decision.records):
             entry = await self._ledger.append(records, time=_precise(now))
@@ -107,6 +108,12 @@ class RoundLoop:
         self._forget()
         self.last_round = time.monotonic()
         return bool(decision.records)
+
+    async def _wait_for_leadership(self) -> None:
+        while not self._leadership.held:
+            self.last_round = time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leadership.acquired.wait(), self._round_seconds)
 
     async def _wait(self) -> None:
         try:

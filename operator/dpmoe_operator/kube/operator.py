@@ -125,7 +125,7 @@ class _Operator:
         kopf.on.login(registry=registry)(self._login)
         kopf.on.startup(registry=registry)(self._start)
         kopf.on.cleanup(registry=registry)(self._stop)
-        kopf.on.probe(registry=registry, id="round")(self._probe)
+        kopf.on.probe(registry=registry, id="round", errors=kopf.ErrorsMode.PERMANENT)(self._probe)
         blocks = (PRIVATE_BLOCKS.group, PRIVATE_BLOCKS.version, PRIVATE_BLOCKS.plural)
         jobs = (DPMOE_JOBS.group, DPMOE_JOBS.version, DPMOE_JOBS.plural)
         kopf.on.event(*blocks, registry=registry)(self._on_block)

@@ -171,7 +171,9 @@ class Picture:
             self.progress.pop(uid, None)
             self.launch_errors.pop(uid, None)
 
-    def snapshot(self, ledger: LedgerState, now: datetime) -> Snapshot:
+    def snapshot(
+        self, ledger: LedgerState, now: datetime, unserved: Mapping[str, str] | None = None
+    ) -> Snapshot:
         """Everything a round may look at, as it is now."""
         return Snapshot(
             blocks={view.meta.key: view for view in self._blocks.values()},
@@ -182,6 +184,7 @@ class Picture:
             prepared=frozenset(self.prepared),
             launch_errors=dict(self.launch_errors),
             progress=dict(self.progress),
+            unserved=unserved or {},
         )
 
     def _workload_views(self) -> Mapping[str, WorkloadView]:

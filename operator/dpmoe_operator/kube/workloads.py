@@ -5,39 +5,70 @@ to read every pod of the cluster, and would. These watches ask the server for ou
 """
 
 import asyncio
+import logging
+import time
 from collections.abc import Collection
 
 from dpmoe_operator.kube.client import KubeClient
+from dpmoe_operator.kube.errors import Forbidden
 from dpmoe_operator.kube.picture import Picture
 from dpmoe_operator.kube.resources import JOBS, PODS
 from dpmoe_operator.kube.watch import Informer
 from dpmoe_operator.launch.manifests import SELECTOR
 
+logger = logging.getLogger(__name__)
+
 SYNC_SECONDS = 30.0
+FORBIDDEN_SECONDS = 30.0
 
 
 class WorkloadWatch:
-    """One pair of informers for each data namespace."""
+    """One pair of informers for each data namespace that the operator may look into."""
 
     def __init__(self, client: KubeClient, picture: Picture) -> None:
         self._client, self._picture = client, picture
         self._informers: dict[str, list[Informer]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._forbidden: dict[str, tuple[str, float]] = {}
 
-    async def follow(self, namespaces: Collection[str]) -> None:
+    async def follow(self, namespaces: Collection[str]) -> dict[str, str]:
         """Watch these namespaces too, and wait until each was listed once.
 
         A round that ran before would take a Job that it has not seen for one that is gone.
 
+        Returns:
+            The namespaces that the operator may not look into, and what the server said. Anybody
+            who may create a block can name one; it must not keep the others from being served.
+
         Raises:
             TimeoutError: a namespace could not be listed; nothing may be decided then.
+            ApiError: the server does not answer.
         """
         for namespace in sorted(namespaces):
-            if namespace not in self._informers:
+            if namespace not in self._informers and await self._may_look(namespace):
                 self._start(namespace)
-        informers = [i for n in namespaces for i in self._informers[n]]
-        for informer in informers:
+        served = [n for n in namespaces if n in self._informers]
+        for informer in (i for n in served for i in self._informers[n]):
             await asyncio.wait_for(informer.synced.wait(), SYNC_SECONDS)
+        self._raise_failures()
+        return {n: self._forbidden[n][0] for n in namespaces if n not in self._informers}
+
+    async def _may_look(self, namespace: str) -> bool:
+        """Whether Jobs and pods may be listed; a refusal is asked about again after a while."""
+        refused = self._forbidden.get(namespace)
+        if refused is not None and time.monotonic() - refused[1] < FORBIDDEN_SECONDS:
+            return False
+        try:
+            for resource in (JOBS, PODS):
+                await self._client.raw("GET", resource.path(namespace), params={"limit": "1"})
+        except Forbidden as error:
+            logger.warning("namespace %s is not served: %s", namespace, error)
+            self._forbidden[namespace] = (str(error), time.monotonic())
+            return False
+        self._forbidden.pop(namespace, None)
+        return True
+
+    def _raise_failures(self) -> None:
         for task in self._tasks:
             if task.done():
                 task.result()

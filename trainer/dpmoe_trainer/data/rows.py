@@ -23,9 +23,6 @@ Batch = dict[str, Tensor]
 Lower = Callable[[Tensor, Tensor], Tensor]
 """A model's frozen lower part: input_ids and attention_mask [B, T] to hidden_states [B, T, D]."""
 
-CACHE_BYTES = 4 * 2**30
-"""Most memory for outputs of frozen layers; the rows beyond it are computed whenever drawn."""
-
 ENCODED_AT_ONCE = 1000
 """Texts that the tokenizer gets in one call."""
 
@@ -54,6 +51,7 @@ class Rows:
         padding: the token id that fills shorter rows up.
         device: where batches are made.
         lower: the model's frozen lower part, if batches are to carry its outputs.
+        cache_bytes: most memory for these; rows beyond it are computed whenever drawn.
     """
 
     def __init__(
@@ -63,6 +61,7 @@ class Rows:
         padding: int,
         device: torch.device,
         lower: Lower | None = None,
+        cache_bytes: int = 0,
     ) -> None:
         assert len(tokens) == len(labels), "every row has a label"
         self._tokens = tokens
@@ -72,7 +71,7 @@ class Rows:
         self._device = device
         self._lower = lower
         self._hidden: dict[int, Tensor] = {}
-        self._hidden_bytes = 0
+        self._free_bytes = cache_bytes
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -109,9 +108,9 @@ class Rows:
         computed = dict(zip(fresh, self._run_lower(fresh, lower), strict=True)) if fresh else {}
         known = [computed[row] if row in computed else self._hidden[row] for row in rows]
         for row, hidden in computed.items():
-            if self._hidden_bytes < CACHE_BYTES:
+            if hidden.nbytes <= self._free_bytes:
                 self._hidden[row] = hidden
-                self._hidden_bytes += hidden.nbytes
+                self._free_bytes -= hidden.nbytes
         batch = torch.zeros(len(rows), int(self._lengths[list(rows)].max()), known[0].shape[1])
         for position, hidden in enumerate(known):
             batch[position, : len(hidden)] = hidden

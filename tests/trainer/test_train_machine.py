@@ -1,0 +1,37 @@
+"""A container's limits, as the kernel writes them."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dpmoe_trainer.machine import memory, processors
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [
+        ("max 100000", 8),
+        ("100000 100000", 1),
+        ("250000 100000", 3),
+        ("50000 100000", 1),
+        ("6400000 100000", 8),
+        (None, 8),
+    ],
+)
+def test_processors(
+    quota: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert processors(tmp_path) == expected
+
+
+def test_memory(tmp_path: Path) -> None:
+    physical = memory(tmp_path)
+    assert physical > 2**20
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert memory(tmp_path) == 2**20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory(tmp_path) == physical

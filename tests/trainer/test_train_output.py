@@ -22,6 +22,7 @@ def write(folder: Path) -> None:
     for name, content in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content)
+        (folder / name).chmod(0o600)
 
 
 @pytest.fixture
@@ -39,6 +40,7 @@ def test_a_folder_gets_all_files(tmp_path: Path) -> None:
     folder = tmp_path / "models/mine"
     found = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
     assert found == FILES
+    assert {(folder / name).stat().st_mode & 0o777 for name in FILES} == {0o644}
 
 
 def test_a_store_gets_all_files_and_the_configuration_last(

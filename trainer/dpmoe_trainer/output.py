@@ -105,6 +105,8 @@ class FolderTarget:
                 write(Path(staging))
                 for name in _files(Path(staging)):
                     (self.folder / name).parent.mkdir(exist_ok=True)
+                    # Some writers make files for their owner's eyes only; this one is released.
+                    os.chmod(staging / name, 0o644)
                     os.replace(staging / name, self.folder / name)
         except Exception as error:
             free = shutil.disk_usage(self.folder).free

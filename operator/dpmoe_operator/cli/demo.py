@@ -51,19 +51,13 @@ def demo(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with user_errors():
         from dpmoe_operator.local.demo.run import DemoOptions, run_demo
+        from dpmoe_operator.local.stack import Stack
 
         policy_named(policy)
-        options = DemoOptions(
-            directory=_new_folder(directory),
-            downloads=downloads or _cache(),
-            examples=examples or _examples(),
-            api=api.value,
-            port=port,
-            policy=policy,
-            keep=keep,
-        )
+        stack = Stack(_new_folder(directory), api=api.value, policy=policy, port=port)
+        options = DemoOptions(downloads or _cache(), examples or _examples(), keep)
         try:
-            result = run_demo(options, console)
+            result = run_demo(stack, options, console)
         except KeyboardInterrupt:
             console.print("stopped; nothing is left running")
             raise typer.Exit(INTERRUPTED) from None

@@ -35,6 +35,7 @@ class Stack:
     Attributes:
         directory: logs, kubeconfig and volumes.
         kubeconfig: an administrator's, for kubectl.
+        control_plane: the real one, where `api` is envtest.
         operator: the operator's process.
         runner: the runner's process.
     """
@@ -54,7 +55,7 @@ class Stack:
         self.operator_kubeconfig = self.kubeconfig
         self._policy, self._port = policy, port
         self._images = images or {TRAINER_IMAGE: [sys.executable, "-m", "dpmoe_trainer"]}
-        self._envtest: Envtest | None = None
+        self.control_plane: Envtest | None = None
         self._server: Child | None = None
         self.operator: Child | None = None
         self.runner: Child | None = None
@@ -118,10 +119,10 @@ class Stack:
                 " kube-apiserver and kube-controller-manager, or use --api embedded"
             )
         try:
-            self._envtest = Envtest(Path(assets), self.directory / "control-plane").start()
+            self.control_plane = Envtest(Path(assets), self.directory / "control-plane").start()
         except EnvtestError as error:
             raise StackError(str(error)) from error
-        self.kubeconfig.write_text(self._envtest.kubeconfig.read_text())
+        self.kubeconfig.write_text(self.control_plane.kubeconfig.read_text())
         self.kubeconfig.chmod(0o600)
 
     def install(self) -> None:
@@ -195,8 +196,8 @@ class Stack:
         for child in (self.operator, self.runner, self._server):
             if child is not None:
                 child.stop()
-        if self._envtest is not None:
-            self._envtest.stop()
+        if self.control_plane is not None:
+            self.control_plane.stop()
 
     def kubectl(self, *arguments: str) -> str:
         """Run kubectl against the stack.

@@ -12,7 +12,7 @@ from rich.live import Live
 
 from dpmoe_operator.local.demo.data import prepare_volumes
 from dpmoe_operator.local.demo.view import render, spenders, summary
-from dpmoe_operator.local.stack import NAMESPACE, Api, Stack, StackError, kubectl_path
+from dpmoe_operator.local.stack import NAMESPACE, Stack, StackError, kubectl_path
 
 POLL_SECONDS = 0.5
 QUIET_SECONDS = 4.0
@@ -23,29 +23,21 @@ LIMIT_SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the command line says.
+    """What the demo shows.
 
     Attributes:
-        directory: where everything of the run goes.
         downloads: where data and model are kept between runs.
         examples: folder of the manifests.
-        api: which API server.
-        port: where the embedded one listens; 0 for any free port.
-        policy: the operator's scheduling policy.
         keep: go on until Ctrl-C after the end.
     """
 
-    directory: Path
     downloads: Path
     examples: Path
-    api: Api = "embedded"
-    port: int = 0
-    policy: str = "dpf"
     keep: bool = False
 
 
-def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
-    """Run the demo.
+def run_demo(stack: Stack, options: DemoOptions, console: Console) -> dict[str, Any]:
+    """Run the demo on a stack that is not started yet.
 
     Returns:
         The summary: jobs and blocks.
@@ -54,7 +46,6 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         StackError: a part does not start, or the demo does not come to an end.
         DownloadError: data or model cannot be fetched.
     """
-    stack = Stack(options.directory, api=options.api, policy=options.policy, port=options.port)
     console.print(f"[bold]dpmoe demo[/bold]: {stack.description}")
     console.print(f"fetching movie-review sentences and MiniLM into {options.downloads}")
     prepare_volumes(stack.volumes, options.downloads)

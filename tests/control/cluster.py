@@ -1,0 +1,471 @@
+"""A tiny cluster and a tiny operator around the real decisions.
+
+`Cluster` is the truth: objects, the Job controller, a kubelet, trainers that take steps. `Operator`
+is what one process knows and does: it sees the cluster through a watch that may lag, commits to a
+ledger, applies actions one by one, and may be killed between any two of them.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from datetime import datetime, timedelta
+from typing import Any
+
+from tests.builders import NOW, OWNER, SETTINGS, MemoryStore, Object, merged, metadata, run
+from tests.control.workloads import (
+    CREATING,
+    NEVER_FOUND,
+    RUNNING,
+    SCHEDULED,
+    UNSCHEDULED,
+    ended,
+    pod,
+    report,
+)
+
+from dpmoe_operator.api.crd import structural_schema
+from dpmoe_operator.api.dpmoejob import DPMoEJobStatus
+from dpmoe_operator.api.privateblock import PrivateBlockStatus
+from dpmoe_operator.control.actions import (
+    Action,
+    DeleteJob,
+    Prepare,
+    Release,
+    Remove,
+    SetStatus,
+    Stop,
+)
+from dpmoe_operator.control.decide import Decision, decide, react
+from dpmoe_operator.control.planning import Planner
+from dpmoe_operator.control.views import CANCELLED, RELEASED, WorkloadView
+from dpmoe_operator.kube.picture import Picture
+from dpmoe_operator.launch.manifests import JOB_UID, Launch, build_job
+from dpmoe_operator.ledger.entry import in_entries
+from dpmoe_operator.ledger.fold import LedgerState
+from dpmoe_operator.ledger.log import Ledger
+from dpmoe_operator.local.apiserver.schema import prune_object, validate
+from dpmoe_trainer.contract import Outcome, TrainingPlan
+
+STATUS_SCHEMAS = {
+    "privateblocks": structural_schema(PrivateBlockStatus),
+    "dpmoejobs": structural_schema(DPMoEJobStatus),
+}
+FINISHED = ("Complete", "Failed")
+
+Event = tuple[str, str, Object]
+"""Kind, event type, object."""
+
+
+class Cluster:
+    """Everything that is true, whether the operator knows it or not.
+
+    Attributes:
+        steps: steps that trainers of a DPMoEJob really took, over all of its pods.
+        pending: events that the operator's watches have not brought yet.
+    """
+
+    def __init__(self) -> None:
+        self.now: datetime = NOW
+        self.blocks: dict[str, Object] = {}
+        self.jobs: dict[str, Object] = {}
+        self.workloads: dict[str, Object] = {}
+        self.pods: dict[str, Object] = {}
+        self.plans: dict[str, TrainingPlan] = {}
+        self.steps: dict[str, int] = {}
+        self.store = MemoryStore()
+        self.pending: list[Event] = []
+        self._version = 100
+        self._truth = LedgerState()
+
+    @property
+    def ledger(self) -> LedgerState:
+        """The fold of the log; raises `LedgerError` if it breaks a rule."""
+        for manifest in run(self.store.entries())[self._truth.sequence :]:
+            self._truth.apply(manifest)
+        return self._truth
+
+    def changed(self, kind: str, event: str, manifest: Object) -> None:
+        """A write: a new resource version, and an event for whoever watches."""
+        self._version += 1
+        manifest["metadata"]["resourceVersion"] = str(self._version)
+        self.pending.append((kind, event, deepcopy(manifest)))
+
+    # What people do
+
+    def apply(self, manifest: Object) -> str:
+        """Create a block or a job, or change the spec of the one with that uid; its uid."""
+        kind = "block" if manifest["kind"] == "PrivateBlock" else "job"
+        known = self.of(kind)
+        uid: str = manifest["metadata"]["uid"]
+        if uid in known:
+            stored = known[uid]
+            stored["spec"] = deepcopy(manifest["spec"])
+            stored["metadata"]["generation"] += 1
+        else:
+            stored = known[uid] = deepcopy(manifest)
+        self.changed(kind, "MODIFIED", stored)
+        return uid
+
+    def edit(self, uid: str, **spec: Any) -> None:
+        """Change some fields of a block's or job's spec."""
+        stored = self.blocks.get(uid) or self.jobs[uid]
+        self.apply(stored | {"spec": merged(stored["spec"], spec)})
+
+    def delete(self, kind: str, uid: str) -> None:
+        """Delete a block, a job, or a workload by hand."""
+        gone = self.of(kind).pop(uid, None)
+        if gone is None:
+            return
+        self.changed(kind, "DELETED", gone)
+        if kind == "workload":
+            for name in self.pods_of(uid):
+                self.vanish(name)
+
+    def of(self, kind: str) -> dict[str, Object]:
+        """All objects of a kind by uid."""
+        return {"block": self.blocks, "job": self.jobs, "workload": self.workloads}[kind]
+
+    # Kubernetes Jobs
+
+    def workload_of(self, job_uid: str) -> Object | None:
+        """The Kubernetes Job that runs a DPMoEJob."""
+        return next(
+            (w for w in self.workloads.values() if w["metadata"]["labels"][JOB_UID] == job_uid),
+            None,
+        )
+
+    def pods_of(self, workload_uid: str) -> list[str]:
+        """Uids of a workload's pods."""
+        return [
+            uid
+            for uid, each in self.pods.items()
+            if each["metadata"]["ownerReferences"][0]["uid"] == workload_uid
+        ]
+
+    def create_workload(self, launch: Launch) -> Object:
+        """Create the suspended Job, or find the one that is there."""
+        known = self.workload_of(launch.job.uid)
+        if known is not None:
+            return deepcopy(known)
+        manifest = build_job(launch)
+        uid = f"workload-{self._version}"
+        manifest["metadata"] = metadata(
+            manifest["metadata"]["name"],
+            OWNER,
+            uid,
+            labels=manifest["metadata"]["labels"],
+            annotations={},
+        )
+        manifest["status"] = {}
+        self.plans[launch.job.uid] = TrainingPlan.model_validate_json(launch.plan_json)
+        self.workloads[uid] = manifest
+        self.changed("workload", "ADDED", manifest)
+        return deepcopy(manifest)
+
+    def suspend(
+        self, workload_uid: str, *, suspend: bool = True, annotation: str | None = None
+    ) -> Object:
+        """Change a workload's `suspend`, with an annotation in the same write."""
+        manifest = self.workloads[workload_uid]
+        manifest["spec"]["suspend"] = suspend
+        if annotation is not None:
+            manifest["metadata"]["annotations"][annotation] = "now"
+        self.changed("workload", "MODIFIED", manifest)
+        return deepcopy(manifest)
+
+    def job_controller(self) -> None:
+        """Bring every Job's pods and status to what its spec says, as kube-controller-manager."""
+        for uid, manifest in self.workloads.items():
+            before = deepcopy(manifest["status"])
+            if not any(_has(before, kind) for kind in FINISHED):
+                manifest["status"] = self._job_status(uid, manifest)
+            if manifest["status"] != before:
+                self.changed("workload", "MODIFIED", manifest)
+
+    def _job_status(self, uid: str, manifest: Object) -> Object:
+        pods = [self.pods[name] for name in self.pods_of(uid)]
+        alive = [each for each in pods if not _is_over(each)]
+        if manifest["spec"]["suspend"]:
+            for each in alive:
+                self.terminate(each["metadata"]["uid"])
+            left = [name for name in self.pods_of(uid) if not _is_over(self.pods[name])]
+            return {"terminating": len(left), "conditions": [_condition("Suspended")]}
+        failed = manifest["status"].get("failed", 0)
+        failed += sum(each["status"]["phase"] == "Failed" for each in pods)
+        failed += sum("deletionTimestamp" in each["metadata"] for each in alive)
+        if any(each["status"]["phase"] == "Succeeded" for each in pods):
+            return {"succeeded": 1, "conditions": [_condition("Complete")]}
+        if failed:
+            # Failed comes once the pods have ended; until then FailureTarget says that it will.
+            kind = "FailureTarget" if alive else "Failed"
+            return {"failed": failed if not alive else 0, "conditions": [_condition(kind)]}
+        if not alive:
+            self._create_pod(manifest)
+        return {"active": 1, "conditions": []}
+
+    def _create_pod(self, workload: Object) -> None:
+        uid = f"pod-{self._version}"
+        job_uid, owner = workload["metadata"]["labels"][JOB_UID], workload["metadata"]["uid"]
+        self.pods[uid] = pod(UNSCHEDULED, uid=uid, node=None, job_uid=job_uid, owner=owner)
+        self.pods[uid]["metadata"]["labels"] = dict(workload["metadata"]["labels"])
+        self.changed("pod", "ADDED", self.pods[uid])
+
+    # Pods
+
+    def set_pod(self, uid: str, status: Object) -> None:
+        """The kubelet's word."""
+        each = self.pods[uid]
+        each["status"] = deepcopy(status)
+        if status is not UNSCHEDULED:
+            each["spec"]["nodeName"] = "node-1"
+        self.changed("pod", "MODIFIED", each)
+
+    def advance(self, uid: str) -> None:
+        """One step of a pod's way from its creation to a running trainer."""
+        phase = self.pods[uid]["status"]
+        if phase == UNSCHEDULED:
+            self.set_pod(uid, SCHEDULED)
+        elif phase == SCHEDULED:
+            self.set_pod(uid, CREATING)
+        elif phase == CREATING:
+            self.set_pod(uid, RUNNING)
+
+    def train(self, uid: str, steps: int = 1) -> None:
+        """Let a running trainer take steps, never more than its plan has."""
+        job_uid, plan = self._plan_of(uid)
+        taken = min(self.pods[uid].get("steps", 0) + steps, plan.privacy.steps)
+        self.steps[job_uid] = self.steps.get(job_uid, 0) + taken - self.pods[uid].get("steps", 0)
+        self.pods[uid]["steps"] = taken
+
+    def finish(self, uid: str, *, crash: bool = False) -> None:
+        """End a running trainer: with its report, or killed without one."""
+        job_uid, plan = self._plan_of(uid)
+        taken = self.pods[uid].get("steps", 0)
+        done = taken == plan.privacy.steps
+        if crash:
+            self.set_pod(uid, ended(137))
+            return
+        privacy = plan.privacy
+        message = report(
+            plan.digest(),
+            job_uid=job_uid,
+            outcome=Outcome.COMPLETED if done else Outcome.STOPPED,
+            steps=taken,
+            noise_multiplier=privacy.noise_multiplier,
+            sampling_rate=privacy.sampling_rate,
+            clipping_norm=privacy.clipping_norm,
+        )
+        self.set_pod(uid, ended(0 if done else 143, message))
+
+    def terminate(self, uid: str) -> None:
+        """Ask a pod to end; one without a node goes at once."""
+        each = self.pods[uid]
+        if each["status"] == UNSCHEDULED:
+            self.vanish(uid)
+        elif "deletionTimestamp" not in each["metadata"]:
+            each["metadata"]["deletionTimestamp"] = "2030-01-01T12:00:00Z"
+            self.changed("pod", "MODIFIED", each)
+
+    def kubelet(self) -> None:
+        """End every pod that was asked to, and delete it with its last word."""
+        for uid, each in list(self.pods.items()):
+            if "deletionTimestamp" not in each["metadata"]:
+                continue
+            if self.is_running(uid):
+                self.finish(uid)
+            elif not _is_over(each):
+                self.set_pod(uid, NEVER_FOUND)
+            self.vanish(uid)
+
+    def vanish(self, uid: str) -> None:
+        """The pod object goes as it is, and whatever ran is dead."""
+        each = self.pods.pop(uid)
+        owner = self.workloads.get(each["metadata"]["ownerReferences"][0]["uid"])
+        if owner is not None and not owner["spec"]["suspend"] and not _finished(owner):
+            # The Job controller holds a pod back until it has counted its end.
+            owner["status"] = {"failed": owner["status"].get("failed", 0) + 1, "conditions": []}
+        self.changed("pod", "DELETED", each)
+
+    def is_running(self, uid: str) -> bool:
+        """Whether the pod's trainer runs."""
+        return bool(self.pods[uid]["status"] == RUNNING)
+
+    def _plan_of(self, pod_uid: str) -> tuple[str, TrainingPlan]:
+        job_uid = self.pods[pod_uid]["metadata"]["labels"][JOB_UID]
+        return job_uid, self.plans[job_uid]
+
+    # Statuses
+
+    def set_status(self, action: SetStatus) -> Object | None:
+        """Merge a status patch, refuse what the schema refuses, drop what it does not know."""
+        stored = self.of("block" if action.plural == "privateblocks" else "job").get(action.uid)
+        if stored is None:
+            return None
+        status = dict(stored.get("status") or {})
+        for name, value in action.patch.items():
+            if value is None:
+                status.pop(name, None)
+            else:
+                status[name] = deepcopy(value)
+        schema = {"type": "object", "properties": {"status": STATUS_SCHEMAS[action.plural]}}
+        problems = validate(STATUS_SCHEMAS[action.plural], status, "status")
+        assert not problems, problems
+        pruned, _ = prune_object(schema, {"metadata": {}, "status": status})
+        stored["status"] = pruned["status"]
+        self.changed("block" if action.plural == "privateblocks" else "job", "MODIFIED", stored)
+        return deepcopy(stored)
+
+
+def _condition(kind: str) -> Object:
+    return {"type": kind, "status": "True", "reason": kind, "message": ""}
+
+
+def _has(status: Mapping[str, Any], kind: str) -> bool:
+    return any(condition["type"] == kind for condition in status.get("conditions", []))
+
+
+def _finished(workload: Object) -> bool:
+    return any(_has(workload["status"], kind) for kind in FINISHED)
+
+
+def _is_over(each: Object) -> bool:
+    return each["status"]["phase"] in ("Succeeded", "Failed")
+
+
+class Killed(Exception):
+    """The operator's process ended."""
+
+
+class Operator:
+    """One operator process.
+
+    Attributes:
+        fuse: how many more writes it does before it is killed; None lets it live.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.fuse: int | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """A new process: everything in memory is lost, everything is listed anew."""
+        self.picture = Picture()
+        self.planner = Planner(SETTINGS)
+        self.ledger = Ledger(self.cluster.store, namespace="dpmoe-system", writer="operator")
+        run(self.ledger.load())
+        self.cluster.pending.clear()
+        for manifest in self.cluster.blocks.values():
+            self.picture.put_block(deepcopy(manifest))
+        for manifest in self.cluster.jobs.values():
+            self.picture.put_job(deepcopy(manifest))
+        for manifest in self.cluster.workloads.values():
+            self.picture.on_workload("ADDED", deepcopy(manifest))
+        for manifest in self.cluster.pods.values():
+            self.picture.on_pod("ADDED", deepcopy(manifest))
+
+    def deliver(self, count: int | None = None) -> None:
+        """Let the watches bring the oldest events."""
+        events = self.cluster.pending[:count]
+        del self.cluster.pending[: len(events)]
+        for kind, event, manifest in events:
+            uid = manifest["metadata"]["uid"]
+            if kind == "workload":
+                self.picture.on_workload(event, manifest)
+            elif kind == "pod":
+                self.picture.on_pod(event, manifest)
+            elif kind == "block":
+                if event == "DELETED":
+                    self.picture.drop_block(uid)
+                else:
+                    self.picture.put_block(manifest)
+            elif event == "DELETED":
+                self.picture.drop_job(uid)
+            else:
+                self.picture.put_job(manifest)
+
+    def round(self) -> tuple[Decision, list[Action]]:
+        """One round, as the loop does it. May raise `Killed`."""
+        for workload in self.picture.unconfirmed(self.ledger.state):
+            self._confirm(workload)
+        snapshot = self.picture.snapshot(self.ledger.state, self.cluster.now)
+        decision = decide(snapshot, SETTINGS, self.planner)
+        for records in in_entries(decision.records):
+            self._burn()
+            time = self.cluster.now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+            run(self.ledger.append(records, time=time))
+        actions = react(snapshot, decision, SETTINGS)
+        for action in actions:
+            self._burn()
+            self._apply(action)
+        return decision, actions
+
+    def _burn(self) -> None:
+        if self.fuse is not None:
+            if self.fuse == 0:
+                raise Killed
+            self.fuse -= 1
+
+    def _confirm(self, workload: WorkloadView) -> None:
+        uid = workload.meta.labels[JOB_UID]
+        pods = [
+            deepcopy(each)
+            for each in self.cluster.pods.values()
+            if each["metadata"]["labels"][JOB_UID] == uid
+        ]
+        self.picture.confirm_pods(uid, pods)
+
+    def _apply(self, action: Action) -> None:
+        cluster = self.cluster
+        if isinstance(action, Prepare):
+            manifest = cluster.create_workload(action.launch)
+            self.picture.prepared.add(action.launch.job.uid)
+            self.picture.on_workload("MODIFIED", manifest)
+        elif isinstance(action, Release | Stop):
+            self._patch(action)
+        elif isinstance(action, Remove):
+            if action.uid in cluster.workloads:
+                for name in cluster.pods_of(action.uid):
+                    cluster.terminate(name)
+                cluster.kubelet()
+                cluster.delete("workload", action.uid)
+        elif isinstance(action, DeleteJob):
+            cluster.delete("job", action.uid)
+        else:
+            stored = cluster.set_status(action)
+            if stored is not None:
+                put: Callable[[Object], None] = (
+                    self.picture.put_job if action.plural == "dpmoejobs" else self.picture.put_block
+                )
+                put(stored)
+
+    def _patch(self, action: Release | Stop) -> None:
+        known = self.cluster.workload_of(action.job_uid)
+        if known is None:
+            return
+        meta = known["metadata"]
+        if isinstance(action, Stop):
+            manifest = self.cluster.suspend(meta["uid"], annotation=CANCELLED)
+        elif meta["resourceVersion"] == action.resource_version:
+            manifest = self.cluster.suspend(meta["uid"], suspend=False, annotation=RELEASED)
+        else:
+            return
+        self.picture.on_workload("MODIFIED", manifest)
+
+
+def settle_down(cluster: Cluster, operator: Operator, rounds: int = 40) -> None:
+    """Let everything run to its end, until a whole round changes nothing."""
+    for _ in range(rounds):
+        operator.deliver()
+        decision, actions = operator.round()
+        cluster.job_controller()
+        cluster.kubelet()
+        for uid in list(cluster.pods):
+            cluster.advance(uid)
+            if cluster.is_running(uid):
+                cluster.train(uid, 10**9)
+                cluster.finish(uid)
+        cluster.job_controller()
+        cluster.now += timedelta(seconds=1)
+        if not decision.records and not actions and not cluster.pending:
+            return
+    raise AssertionError(f"never quiet: {decision.records} {actions}")

@@ -46,7 +46,6 @@ def _short(text: str) -> str:
     for manifest in manifests:
         if manifest["kind"] == "DPMoEJob":
             manifest["spec"]["training"] |= {"steps": 2, "logicalBatch": 32}
-            manifest["spec"]["training"]["optimizer"]["warmupSteps"] = 0
     return "\n---\n".join(json.dumps(manifest) for manifest in manifests)
 
 

@@ -119,7 +119,7 @@ def test_deleted_running_job_pays_for_the_steps_it_took(world: World) -> None:
 
 
 def test_killed_operator_goes_on_where_it_was(world: World) -> None:
-    """SIGKILL as soon as budget is granted: the next operator finishes, and grants nothing twice."""
+    """SIGKILL once budget is granted: the next operator finishes, and grants nothing twice."""
     world.apply(job("survivor"))
     world.until(
         lambda: [g for g in world.records("granted") if g["job"]["name"] == "survivor"],

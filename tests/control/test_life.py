@@ -5,10 +5,11 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from tests.builders import ABSENT, TEAM, UNITS, Object, block, job
+from tests.builders import ABSENT, SETTINGS, TEAM, UNITS, Object, block, job
 from tests.control.cluster import Cluster, Killed, Operator, settle_down
 
 from dpmoe_operator.control.actions import Remove, SetStatus
+from dpmoe_operator.control.decide import decide
 from dpmoe_operator.control.views import CANCELLED, RELEASED, parse_time
 from dpmoe_operator.launch.manifests import JOB_UID, workload_name
 from dpmoe_operator.ledger.fold import Grant
@@ -178,6 +179,25 @@ def test_account_is_opened_before_anything_is_asked_of_it() -> None:
     assert records(first) == ["accountOpened"]
     second, _ = operator.round()
     assert records(second) == ["granted"]
+
+
+def test_launch_waits_until_all_that_it_needs_is_known_to_exist(
+    cluster: Cluster, operator: Operator
+) -> None:
+    """A new process found the Job; whether its ConfigMap was made it cannot know."""
+    reach_granted(cluster, operator)
+    operator.restart()
+    assert see(operator) == ([], ["Prepare"])
+    assert see(operator) == (["launched"], ["Release"])
+
+
+def test_settlement_waits_until_the_pods_were_read(cluster: Cluster, operator: Operator) -> None:
+    """The Job's end may be seen before its pods' last words are."""
+    reach_ended(cluster, operator)
+    operator.deliver()
+    snapshot = operator.picture.snapshot(operator.ledger.state, cluster.now)
+    assert snapshot.workloads["j"].over
+    assert decide(snapshot, SETTINGS, operator.planner).records == ()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -354,6 +374,20 @@ def test_workload_started_by_hand_before_its_launch_is_charged(
     assert (records_, actions) == (["settled"], ["Remove"])
     assert settled(cluster) == ("StartedByOthers", 4)
     assert cluster.pods == {}
+
+
+def test_workload_started_by_hand_is_not_launched_on_top(
+    cluster: Cluster, operator: Operator
+) -> None:
+    """The DPMoEJob is still there: its grant is closed, and nothing else is written about it."""
+    reach_granted(cluster, operator)
+    [uid] = cluster.workloads
+    cluster.suspend(uid, suspend=False)
+    cluster.job_controller()
+    assert see(operator) == (["settled"], ["Remove"])
+    assert settled(cluster) == ("StartedByOthers", 4)
+    settle_down(cluster, operator)
+    assert cluster.jobs["j"]["status"]["reason"] == "StartedByOthers"
 
 
 def test_workload_started_by_hand_between_launch_and_cancellation_is_charged(

@@ -1,5 +1,6 @@
 """Views: what the operator takes from a kubelet's and a Job controller's words, and what not."""
 
+from copy import deepcopy
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +11,9 @@ from tests.control.workloads import (
     NEVER_FOUND,
     NO_IMAGE,
     RUNNING,
+    RUNTIME_ID,
     SCHEDULED,
+    SINCE,
     UNSCHEDULED,
     ended,
     history,
@@ -124,6 +127,20 @@ def test_last_word_seen_twice_stays_what_it_was() -> None:
     assert not PodView.of(pod(NEVER_FOUND)).following(end).may_have_started
     ran = history(RUNNING, NEVER_FOUND, gone=False)
     assert PodView.of(pod(NEVER_FOUND)).following(ran).may_have_started
+
+
+def test_what_ran_once_has_started_whatever_is_said_later() -> None:
+    ran = history(CREATING, RUNNING, gone=False)
+    for state in (SCHEDULED, CREATING, NO_IMAGE):
+        assert PodView.of(pod(state)).following(ran).may_have_started
+
+
+def test_container_that_had_a_time_or_an_id_was_found() -> None:
+    waiting = history(NO_IMAGE, gone=False)
+    for field, value in (("startedAt", SINCE), ("containerID", RUNTIME_ID), ("reason", "Error")):
+        found = deepcopy(NEVER_FOUND)
+        found["containerStatuses"][0]["state"]["terminated"][field] = value
+        assert PodView.of(pod(found), gone=True).following(waiting).may_have_started
 
 
 def test_pod_fields() -> None:

@@ -452,9 +452,15 @@ class Operator:
         self.picture.on_workload("MODIFIED", manifest)
 
 
-def settle_down(cluster: Cluster, operator: Operator, rounds: int = 40) -> None:
-    """Let everything run to its end, until a whole round changes nothing."""
-    for _ in range(rounds):
+def settle_down(cluster: Cluster, operator: Operator, seconds: int = 1) -> None:
+    """Let everything run to its end, until a whole round changes nothing.
+
+    Args:
+        cluster: the cluster.
+        operator: its operator.
+        seconds: time between two rounds.
+    """
+    for _ in range(40):
         operator.deliver()
         decision, actions = operator.round()
         cluster.job_controller()
@@ -465,7 +471,7 @@ def settle_down(cluster: Cluster, operator: Operator, rounds: int = 40) -> None:
                 cluster.train(uid, 10**9)
                 cluster.finish(uid)
         cluster.job_controller()
-        cluster.now += timedelta(seconds=1)
+        cluster.now += timedelta(seconds=seconds)
         if not decision.records and not actions and not cluster.pending:
             return
     raise AssertionError(f"never quiet: {decision.records} {actions}")

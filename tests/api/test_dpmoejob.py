@@ -158,7 +158,12 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
         "%2e%2e",
         "pattern",
     ),
-    ({"output": {"claim": ABSENT, "uri": "/tmp/x"}}, "spec.output.uri", "/tmp/x", "pattern"),
+    (
+        {"output": {"claim": ABSENT, "uri": "/results/x"}},
+        "spec.output.uri",
+        "/results/x",
+        "pattern",
+    ),
     ({"resources": {"cpu": "a lot"}}, "spec.resources.cpu", "a lot", "pattern"),
     ({"resources": {"cpu": "-1"}}, "spec.resources.cpu", "-1", "pattern"),
     (

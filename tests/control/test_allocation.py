@@ -216,6 +216,16 @@ def test_demand_beyond_the_whole_budget() -> None:
     assert waiting.steps == 1
 
 
+def test_renamed_block_is_called_by_its_name_of_today() -> None:
+    ledger = with_accounts(block(budget=ONE_ORDER))
+    same = {"claim": {"claimName": "data", "path": "reviews.jsonl"}}
+    renamed = block("ratings", dataset=same, budget=ONE_ORDER)
+    waiting = only_wait(
+        round_of([renamed], [noisy("0.9", blocks={"names": ["ratings"]})], ledger=ledger)
+    )
+    assert waiting.message.startswith("block ratings (order 8)")
+
+
 def test_reserved_budget_may_come_back_consumed_never_does() -> None:
     reviews = block(budget=ONE_ORDER)
     ledger = with_accounts(reviews)

@@ -298,7 +298,8 @@ def _record(planned: Planned, settings: Settings) -> Granted:
 def _in_words(planned: Planned, explanation: Explanation, table: _Table) -> Waiting:
     """An explanation with its numbers, for the job's author."""
     account, namespace = table.account_of(explanation.block)
-    name = account.opened.block.name
+    # By today's name: the block may have been renamed since its account was opened.
+    name = next(b.name for b in planned.plan.blocks if b.account == account.opened.account)
     where = f"block {name}" if namespace is None else f"the cap of {namespace} on block {name}"
     asked, left = format_epsilon(explanation.asked), format_epsilon(max(explanation.left, 0))
     numbers = f"{where} (order {explanation.order:g}): asks {asked}, left {left}"

@@ -67,14 +67,21 @@ def run_demo(stack: Stack, options: DemoOptions, console: Console) -> dict[str, 
 
 
 def _watch(stack: Stack, console: Console) -> tuple[list[Any], list[Any]]:
-    """Show the live table until nothing moves any more."""
+    """Show the live table until nothing moves any more; where there is no terminal, what changes.
+
+    Returns:
+        Blocks and jobs as they were at the end.
+    """
     started = moved = time.monotonic()
-    with Live(console=console, refresh_per_second=4, transient=False) as live:
+    told: dict[str, str] = {}
+    with Live(console=console, refresh_per_second=4) as live:
         while True:
             for revived in stack.supervise():
                 console.print(f"started again: {revived}")
             blocks, jobs = _objects(stack, "privateblocks"), _objects(stack, "dpmoejobs")
             live.update(render(blocks, jobs))
+            if not console.is_terminal:
+                _tell_changes(jobs, told, console)
             now = time.monotonic()
             if not _is_settled(jobs):
                 moved = now
@@ -85,6 +92,15 @@ def _watch(stack: Stack, console: Console) -> tuple[list[Any], list[Any]]:
                     f"jobs still run after {LIMIT_SECONDS:.0f} s; see the logs in {stack.directory}"
                 )
             time.sleep(POLL_SECONDS)
+
+
+def _tell_changes(jobs: Sequence[Any], told: dict[str, str], console: Console) -> None:
+    for job in jobs:
+        status = job.get("status") or {}
+        state = f"{status.get('state', 'Pending')} ({status.get('reason', 'new')})"
+        if told.get(_name(job)) != state:
+            told[_name(job)] = state
+            console.print(f"{time.strftime('%H:%M:%S')} {_name(job)}: {state}", highlight=False)
 
 
 def _is_settled(jobs: Sequence[Any]) -> bool:

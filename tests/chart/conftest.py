@@ -17,6 +17,7 @@ FULL: dict[str, Any] = {
         "image": {"repository": "registry.example/trainer", "tag": "1.2", "digest": ""},
         "gpuResource": "amd.com/gpu",
         "storageCidrs": ["10.1.0.0/16", "fd00::/8"],
+        "hostPaths": ["/srv/data", "/mnt/reviews"],
     },
     "scheduling": {"policy": "fcfs", "roundSeconds": 0.5},
     "resources": {"requests": {"cpu": 1, "memory": "1Gi"}, "limits": {"memory": "2Gi"}},

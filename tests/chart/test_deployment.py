@@ -51,6 +51,7 @@ def test_the_operator_understands_what_the_default_values_say(
         "round_seconds": 5.0,
         "gpu_resource": DEFAULTS.gpu_resource,
         "storage_cidr": (),
+        "host_path": (),
         "liveness": "http://0.0.0.0:8080/healthz",
         "kubeconfig": None,
         "verbose": False,
@@ -66,6 +67,7 @@ def test_the_operator_understands_what_other_values_say(
     assert understood["round_seconds"] == 0.5
     assert understood["gpu_resource"] == "amd.com/gpu"
     assert list(understood["storage_cidr"]) == ["10.1.0.0/16", "fd00::/8"]
+    assert list(understood["host_path"]) == ["/srv/data", "/mnt/reviews"]
 
 
 def test_the_ledger_is_in_the_pods_own_namespace(full: list[Manifest]) -> None:

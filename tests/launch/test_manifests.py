@@ -205,7 +205,7 @@ def test_claim_that_is_both_data_and_output_is_read_only_where_it_is_data() -> N
 
 def test_host_paths_of_the_owner_are_read_only() -> None:
     table = {"claim": ABSENT, "path": "/data/reviews.csv", "format": "csv"}
-    launched = launch(block(dataset=table))
+    launched = launch(block(dataset=table), settings=replace(SETTINGS, host_paths=("/data",)))
     assert volumes_of(launched)["host-0"] == {"hostPath": {"path": "/data/reviews.csv"}}
     assert mounts_of(launched)["host-0"]["mountPath"] == "/data/reviews.csv"
     assert mounts_of(launched)["host-0"]["readOnly"] is True

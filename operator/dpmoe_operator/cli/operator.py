@@ -42,6 +42,13 @@ def operator(
             help="Address range of storage that trainer pods may reach; may be repeated.",
         ),
     ] = None,
+    host_path: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="DPMOE_HOST_PATH",
+            help="Folder of the nodes that blocks may name as dataset.path; may be repeated.",
+        ),
+    ] = None,
     liveness: Annotated[
         str | None,
         typer.Option(
@@ -71,6 +78,7 @@ def operator(
             policy=policy,
             gpu_resource=gpu_resource,
             storage_cidrs=tuple(storage_cidr or ()),
+            host_paths=tuple(host_path or ()),
         )
         access = load_access(kubeconfig)
         run_operator(OperatorOptions(settings, access, round_seconds, liveness))

@@ -51,7 +51,7 @@ from dpmoe_operator.control.views import (
     parse_time,
 )
 from dpmoe_operator.launch.manifests import Launch
-from dpmoe_operator.ledger.fold import Grant
+from dpmoe_operator.ledger.fold import Grant, LedgerState
 from dpmoe_trainer.contract import JobReference
 
 
@@ -126,14 +126,18 @@ def _plan_all(
 def _open_grants(snapshot: Snapshot) -> Iterator[tuple[str, Grant]]:
     """Grants to decide about: unsettled, and run where the operator may look."""
     for uid, grant in snapshot.ledger.grants.items():
-        if grant.settled is None and _namespace(snapshot, grant) not in snapshot.unserved:
+        if (
+            grant.settled is None
+            and data_namespace(snapshot.ledger, grant) not in snapshot.unserved
+        ):
             yield uid, grant
 
 
-def _namespace(snapshot: Snapshot, grant: Grant) -> str:
-    """The data namespace in which a grant's pods run."""
-    account = grant.granted.charges[0].account
-    return snapshot.ledger.accounts[account].opened.block.namespace
+def data_namespace(ledger: LedgerState, grant: Grant) -> str:
+    """The data namespace in which a grant's pods run, or will."""
+    if grant.launched is not None:
+        return grant.launched.workload.namespace
+    return ledger.accounts[grant.granted.charges[0].account].opened.block.namespace
 
 
 def _settlements(

@@ -5,6 +5,7 @@ block's owner did not open, and whatever the numbers contradict, is refused here
 the value and the remedy.
 """
 
+import posixpath
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -13,7 +14,7 @@ from dpmoe_operator.api.base import SpecError
 from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
 from dpmoe_operator.api.identity import within
 from dpmoe_operator.api.ledgerentry import MAX_STEPS
-from dpmoe_operator.api.privateblock import Access, Dataset, Table
+from dpmoe_operator.api.privateblock import Access, Dataset, PrivateBlockSpec, Table
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.accounts import Standing
 from dpmoe_operator.control.settings import Settings
@@ -226,11 +227,25 @@ def _check_access(job: JobView, chosen: Sequence[Standing], settings: Settings) 
                 f"spec.blocks: {name!r}: gives namespace {job.meta.namespace} no access; its owner"
                 " must add the namespace to the block's spec.access",
             )
+        _check_host_paths(name, standing.spec, settings)
         _check_image(job.spec, name, access, settings)
         _check_model(job.spec, name, access)
         _check_output(job.spec, name, access)
         grants.append(access)
     return grants
+
+
+def _check_host_paths(block: str, spec: PrivateBlockSpec, settings: Settings) -> None:
+    """Refuse folders of the nodes that the platform team did not open for data."""
+    tables = [spec.dataset, *([spec.evaluation] if spec.evaluation else [])]
+    for path in (table.path for table in tables if table.path is not None):
+        if not any(within(posixpath.normpath(path), folder) for folder in settings.host_paths):
+            raise Refusal(
+                Reason.BLOCK_NOT_SHARED,
+                f"spec.dataset.path: {path!r}: block {block} names a folder of the nodes, and the"
+                f" operator opens {list(settings.host_paths)}; put the data on a claim, or ask the"
+                " platform team to add the folder to trainer.hostPaths of the Helm release",
+            )
 
 
 def _check_image(spec: DPMoEJobSpec, block: str, access: Access, settings: Settings) -> None:

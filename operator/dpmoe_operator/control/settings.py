@@ -13,6 +13,8 @@ class Settings:
         policy: name of the scheduling policy.
         gpu_resource: extended resource name of a GPU.
         storage_cidrs: address ranges that trainer pods may reach beside each other and DNS.
+        host_paths: folders of the nodes that blocks may name as `dataset.path`; none by default,
+            since the operator would mount them with its own rights.
         progress_labels: labels of the operator's own pods, which may poll the trainers' progress.
         pods_run_as: numeric user and group of the trainer's process.
     """
@@ -22,5 +24,6 @@ class Settings:
     policy: str = "dpf"
     gpu_resource: str = "nvidia.com/gpu"
     storage_cidrs: tuple[str, ...] = ()
+    host_paths: tuple[str, ...] = ()
     progress_labels: tuple[tuple[str, str], ...] = (("app.kubernetes.io/name", "dpmoe"),)
     pods_run_as: int = 65532

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from dpmoe_operator.control.decide import data_namespace
 from dpmoe_operator.control.views import BlockView, JobView, PodView, Snapshot, WorkloadView
 from dpmoe_operator.launch.manifests import JOB_NAME, JOB_NAMESPACE, JOB_UID, workload_name
 from dpmoe_operator.ledger.fold import LedgerState
@@ -147,13 +148,8 @@ class Picture:
     def data_namespaces(self, ledger: LedgerState) -> set[str]:
         """Namespaces in which launched objects may be."""
         live = {block.meta.namespace for block in self._blocks.values()}
-        paid = {
-            ledger.accounts[charge.account].opened.block.namespace
-            for grant in ledger.grants.values()
-            if grant.settled is None
-            for charge in grant.granted.charges
-        }
-        return live | paid
+        open_grants = [grant for grant in ledger.grants.values() if grant.settled is None]
+        return live | {data_namespace(ledger, grant) for grant in open_grants}
 
     def job_uids(self) -> set[str]:
         """Uids of all DPMoEJobs."""

@@ -6,8 +6,9 @@ import pytest
 from tests.builders import ABSENT, SETTINGS, block, job, snapshot
 
 from dpmoe_operator.api.reasons import Reason
+from dpmoe_operator.control.access import Refusal
 from dpmoe_operator.control.accounts import standings
-from dpmoe_operator.control.planning import Planned, Refusal, plan_job
+from dpmoe_operator.control.planning import Planned, plan_job
 
 OPEN = replace(SETTINGS, host_paths=("/srv/data",))
 

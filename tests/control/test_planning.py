@@ -21,8 +21,9 @@ from tests.builders import (
 )
 
 from dpmoe_operator.api.reasons import Reason
+from dpmoe_operator.control.access import Refusal
 from dpmoe_operator.control.accounts import standings
-from dpmoe_operator.control.planning import Planned, Planner, Refusal, plan_job
+from dpmoe_operator.control.planning import Planned, Planner, plan_job
 from dpmoe_operator.control.views import JobView
 from dpmoe_operator.privacy.calibration import epsilon_for
 from dpmoe_operator.privacy.mechanisms import demand

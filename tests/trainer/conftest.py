@@ -10,26 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.trainer.runs import WORDS, PlanMaker, Trainer, sentences, write_rows
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tests.tiny import WORDS, save_mixtral, sentences, tokenizer_of, write_rows
+from tests.trainer.runs import PlanMaker, Trainer
 from transformers import (
     BertConfig,
     BertModel,
-    MixtralConfig,
-    MixtralForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-
-
-def tokenizer_of(words: list[str]) -> PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<end>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
-    )
 
 
 @pytest.fixture(scope="session")
@@ -40,19 +29,7 @@ def fast_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixtral")
-    tokenizer = tokenizer_of(WORDS)
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        **SHAPE,
-        vocab_size=len(tokenizer),
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=32,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    MixtralForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_mixtral(folder, WORDS)
     return folder
 
 

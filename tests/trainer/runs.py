@@ -14,28 +14,8 @@ import pytest
 from dpmoe_trainer.__main__ import main
 from dpmoe_trainer.contract import TrainingPlan, TrainingReport
 
-WORDS = ["good", "bad", "film", "plot", "the", "a", "was", "is"]
-"""All words that the tiny tokenizers know."""
-
 PlanMaker = Callable[..., dict[str, Any]]
 """Makes plans; keywords replace fields, with `__` between the levels."""
-
-
-def sentences(count: int) -> list[dict[str, Any]]:
-    """Rows of two classes that one word tells apart, of different lengths."""
-    return [
-        {
-            "text": " ".join(["the film was", ["bad", "good"][row % 2], "a plot " * (row % 3)]),
-            "label": row % 2,
-            "user": f"user{row % 5}",
-        }
-        for row in range(count)
-    ]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from tests.trainer.runs import WORDS
+from tests.tiny import WORDS
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.trainer.runs import write_rows
+from tests.tiny import write_rows
 
 from dpmoe_trainer.contract import BlockPlan
 from dpmoe_trainer.data.units import load_units

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.trainer.runs import PlanMaker, Trainer, plan_of, sentences, write_rows
+from tests.tiny import sentences, write_rows
+from tests.trainer.runs import PlanMaker, Trainer, plan_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from dpmoe_trainer.__main__ import main

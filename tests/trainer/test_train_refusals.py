@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.trainer.runs import PlanMaker, Trainer, sentences, write_rows
+from tests.tiny import sentences, write_rows
+from tests.trainer.runs import PlanMaker, Trainer
 
 import dpmoe_trainer.train
 from dpmoe_trainer.__main__ import main

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from dpmoe_operator.api.ledgerentry import Charge, Granted, ObjectReference
 from dpmoe_operator.api.privateblock import Unlocking
 from dpmoe_operator.api.reasons import Reason
+from dpmoe_operator.control.access import Refusal
 from dpmoe_operator.control.accounts import Standing
-from dpmoe_operator.control.planning import Planned, Refusal
+from dpmoe_operator.control.planning import Planned
 from dpmoe_operator.control.projection import Waiting, timed_out
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.views import JobView, Snapshot, format_time, parse_time

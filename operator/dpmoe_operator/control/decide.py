@@ -20,6 +20,7 @@ from typing import Any
 from dpmoe_operator.api import dpmoejob, privateblock
 from dpmoe_operator.api.base import StatusModel
 from dpmoe_operator.api.ledgerentry import Launched, ObjectReference, Record, Settled
+from dpmoe_operator.control.access import Refusal
 from dpmoe_operator.control.accounts import Standing, standings, to_open
 from dpmoe_operator.control.actions import (
     Action,
@@ -31,7 +32,7 @@ from dpmoe_operator.control.actions import (
     Stop,
 )
 from dpmoe_operator.control.allocation import Allocation, allocate
-from dpmoe_operator.control.planning import Planned, Planner, Refusal
+from dpmoe_operator.control.planning import Planned, Planner
 from dpmoe_operator.control.projection import block_status, job_status, timed_out
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.settlement import (

@@ -5,17 +5,16 @@ block's owner did not open, and whatever the numbers contradict, is refused here
 the value and the remedy.
 """
 
-import posixpath
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
 from dpmoe_operator.api.base import SpecError
 from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
-from dpmoe_operator.api.identity import within
 from dpmoe_operator.api.ledgerentry import MAX_STEPS
-from dpmoe_operator.api.privateblock import Access, Dataset, PrivateBlockSpec, Table
+from dpmoe_operator.api.privateblock import Dataset, Table
 from dpmoe_operator.api.reasons import Reason
+from dpmoe_operator.control.access import Refusal, check_access, choose_blocks
 from dpmoe_operator.control.accounts import Standing
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.views import JobView
@@ -48,14 +47,6 @@ TOLERANCE = 1e-3
 """Relative slack between a stated ε and the ε of a stated σ: both were written by hand."""
 
 
-class Refusal(Exception):
-    """The job cannot be planned as things stand."""
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        self.reason, self.message = reason, message
-        super().__init__(message)
-
-
 @dataclass(frozen=True)
 class Planned:
     """A job that may ask for budget.
@@ -86,8 +77,8 @@ def plan_job(
     if job.spec is None:
         raise Refusal(Reason.INVALID_SPEC, str(job.error))
     try:
-        chosen = _choose_blocks(job.spec, standings)
-        access = _check_access(job, chosen, settings)
+        chosen = choose_blocks(job.spec, standings)
+        access = check_access(job, chosen, settings)
         _check_blocks(job.spec, chosen)
         plan = _plan(job, job.spec, chosen)
     except SpecError as error:
@@ -169,127 +160,6 @@ class Planner:
         return frozenset(
             (s.block.meta.uid, s.block.meta.generation, (s.refusal, *s.block.meta.labels.items()))
             for s in seen
-        )
-
-
-def _choose_blocks(
-    spec: DPMoEJobSpec, standings: Mapping[tuple[str, str], Standing]
-) -> list[Standing]:
-    """The blocks that the job names, or the first `count` that its selector matches, by name."""
-    wanted = spec.blocks
-    if wanted.names is not None:
-        missing = [name for name in wanted.names if (wanted.namespace, name) not in standings]
-        if missing:
-            raise Refusal(
-                Reason.BLOCK_NOT_FOUND,
-                f"spec.blocks.names: {missing[0]!r}: no such PrivateBlock in namespace"
-                f" {wanted.namespace}; see 'kubectl get privateblocks -n {wanted.namespace}'",
-            )
-        chosen = [standings[wanted.namespace, name] for name in wanted.names]
-    else:
-        assert wanted.selector is not None
-        labels = wanted.selector.match_labels.items()
-        matching = [
-            standing
-            for (namespace, _), standing in sorted(standings.items())
-            if namespace == wanted.namespace
-            and standing.refusal is None
-            and labels <= standing.block.meta.labels.items()
-        ]
-        count = wanted.count if wanted.count is not None else max(1, len(matching))
-        if len(matching) < count:
-            raise Refusal(
-                Reason.BLOCK_NOT_FOUND,
-                f"spec.blocks.count: {count}: only {len(matching)} PrivateBlocks in namespace"
-                f" {wanted.namespace} match {dict(labels)}; ask for fewer or wait for more",
-            )
-        chosen = matching[:count]
-    for standing in chosen:
-        if standing.refusal is not None:
-            raise Refusal(
-                Reason.BLOCK_NOT_FOUND,
-                f"spec.blocks: {standing.block.meta.name!r}: the block is refused"
-                f" ({standing.refusal[0]}); its owner must mend it first",
-            )
-    return chosen
-
-
-def _check_access(job: JobView, chosen: Sequence[Standing], settings: Settings) -> list[Access]:
-    """What each block's owner opened for the job's namespace; refuse what was not opened."""
-    assert job.spec is not None
-    grants = []
-    for standing in chosen:
-        name = standing.block.meta.name
-        access = standing.spec.access_of(job.meta.namespace)
-        if access is None:
-            raise Refusal(
-                Reason.BLOCK_NOT_SHARED,
-                f"spec.blocks: {name!r}: gives namespace {job.meta.namespace} no access; its owner"
-                " must add the namespace to the block's spec.access",
-            )
-        _check_host_paths(name, standing.spec, settings)
-        _check_image(job.spec, name, access, settings)
-        _check_model(job.spec, name, access)
-        _check_output(job.spec, name, access)
-        grants.append(access)
-    return grants
-
-
-def _check_host_paths(block: str, spec: PrivateBlockSpec, settings: Settings) -> None:
-    """Refuse folders of the nodes that the platform team did not open for data."""
-    tables = [spec.dataset, *([spec.evaluation] if spec.evaluation else [])]
-    for path in (table.path for table in tables if table.path is not None):
-        if not any(within(posixpath.normpath(path), folder) for folder in settings.host_paths):
-            raise Refusal(
-                Reason.BLOCK_NOT_SHARED,
-                f"spec.dataset.path: {path!r}: block {block} names a folder of the nodes, and the"
-                f" operator opens {list(settings.host_paths)}; put the data on a claim, or ask the"
-                " platform team to add the folder to trainer.hostPaths of the Helm release",
-            )
-
-
-def _check_image(spec: DPMoEJobSpec, block: str, access: Access, settings: Settings) -> None:
-    if spec.image not in (None, settings.trainer_image, *access.images):
-        raise Refusal(
-            Reason.BLOCK_NOT_SHARED,
-            f"spec.image: {spec.image!r}: is not trusted by block {block}; leave it out to use"
-            " the operator's trainer, or ask the owner to add it to spec.access.images",
-        )
-
-
-def _check_model(spec: DPMoEJobSpec, block: str, access: Access) -> None:
-    path, claim = spec.model.path, spec.model.claim
-    if path is not None and within(path, paths.ROOT):
-        raise SpecError(
-            "spec.model.path",
-            path,
-            "must be a folder of the trainer image; name a model on a volume by spec.model.claim",
-        )
-    if claim is not None and claim.claim_name not in access.models:
-        raise Refusal(
-            Reason.BLOCK_NOT_SHARED,
-            f"spec.model.claim.claimName: {claim.claim_name!r}: block {block} opens"
-            f" {list(access.models)} for models; use one of them, or ask the owner to add it to"
-            " spec.access.models",
-        )
-
-
-def _check_output(spec: DPMoEJobSpec, block: str, access: Access) -> None:
-    claim, uri = spec.output.claim, spec.output.uri
-    if claim is not None:
-        field, value = "spec.output.claim.claimName", claim.claim_name
-        opened = [o.claim_name for o in access.outputs if o.claim_name is not None]
-        allowed = value in opened
-    else:
-        assert uri is not None
-        field, value = "spec.output.uri", uri
-        opened = [o.uri_prefix for o in access.outputs if o.uri_prefix is not None]
-        allowed = any(value.startswith(prefix) for prefix in opened)
-    if not allowed:
-        raise Refusal(
-            Reason.BLOCK_NOT_SHARED,
-            f"{field}: {value!r}: block {block} opens {opened} for results; use one of them, or"
-            " ask the owner to add it to spec.access.outputs",
         )
 
 

@@ -30,7 +30,8 @@ RUN python -m venv /opt/dpmoe \
 FROM python:${PYTHON} AS runtime
 ENV PATH=/opt/dpmoe/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    PYTHONDONTWRITEBYTECODE=1
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONSAFEPATH=1
 RUN useradd --uid 65532 --user-group --no-create-home --home-dir /nonexistent \
         --shell /usr/sbin/nologin dpmoe
 USER 65532:65532

@@ -98,7 +98,10 @@ def read_cluster(namespace: str, kubeconfig: Path | None) -> list[dict[str, Any]
 
 
 def _print_summary(state: LedgerState) -> None:
-    table = Table("account", "epsilon", "delta", "consumed", "reserved", "jobs", box=None)
+    table = Table(box=None)
+    table.add_column("account", overflow="fold")
+    for name in ("epsilon", "delta", "consumed", "reserved", "jobs"):
+        table.add_column(name)
     for name, account in sorted(state.accounts.items()):
         spending = account.spending
         table.add_row(

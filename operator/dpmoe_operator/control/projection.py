@@ -259,6 +259,8 @@ def _phase(
         return "Reserved", "Launching", "budget is reserved; the trainer pods are being created"
     if any(pod.running for pod in workload.pods):
         return "Running", "Training", "the trainer runs; budget is reserved until it reports"
+    if any(pod.exit_code is not None for pod in workload.pods):
+        return "Running", "Settling", "the trainer ended; what it spent is being settled"
     stuck = next((pod.waiting for pod in workload.pods if pod.waiting and not pod.gone), None)
     if stuck is not None:
         return "Reserved", "PodWaiting", f"the trainer pod waits: {stuck}"

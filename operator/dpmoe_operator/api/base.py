@@ -165,6 +165,12 @@ class SpecError(ValueError):
 
 M = TypeVar("M", bound=BaseModel)
 
+_REMEDIES = {
+    "missing": "set the field",
+    "extra_forbidden": "remove the field, this version has none of that name",
+}
+"""What to do about errors of pydantic whose own words do not say it."""
+
 
 def parse(model: type[M], content: Mapping[str, Any], *, at: str = "spec") -> M:
     """Parse `content`, turning the first error of pydantic into a `SpecError`.
@@ -181,7 +187,9 @@ def parse(model: type[M], content: Mapping[str, Any], *, at: str = "spec") -> M:
             raise cause from None
         field = ".".join([at, *(str(part) for part in first["loc"])])
         value = "absent" if first["type"] == "missing" else _shortened(first["input"])
-        raise SpecError(field, value, first["msg"].removeprefix("Value error, ")) from None
+        message = first["msg"].removeprefix("Value error, ")
+        remedy = _REMEDIES.get(first["type"])
+        raise SpecError(field, value, f"{message}; {remedy}" if remedy else message) from None
 
 
 def _shortened(value: object) -> object:

@@ -5,9 +5,9 @@ committed is in the ledger, and the next round decides the rest anew.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 
 from dpmoe_operator.api.ledgerentry import Record
@@ -112,16 +112,12 @@ class RoundLoop:
     async def _wait_for_leadership(self) -> None:
         while not self._leadership.held:
             self.last_round = time.monotonic()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._leadership.acquired.wait(), self._round_seconds)
+            await _within(self._leadership.acquired.wait(), self._round_seconds)
 
     async def _wait(self) -> None:
-        try:
-            await asyncio.wait_for(self._picture.changed.wait(), self._round_seconds)
-        except TimeoutError:
-            return
-        # Objects that are applied together arrive together: let a burst become one round.
-        await asyncio.sleep(0.05)
+        if await _within(self._picture.changed.wait(), self._round_seconds):
+            # Objects that are applied together arrive together: let a burst become one round.
+            await asyncio.sleep(0.05)
 
     async def _confirm_pods(self) -> None:
         """Read the pods of workloads that ended: their last word must not be missed."""
@@ -141,6 +137,20 @@ class RoundLoop:
             ]
         )
         self._planner.forget_all_but(jobs)
+
+
+async def _within(event: Awaitable[object], seconds: float) -> bool:
+    """Wait for an event, but not longer; whether it came.
+
+    Not `wait_for`: before Python 3.12 it forgets a cancellation that meets the event, and the
+    process would never end.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            await event
+    except TimeoutError:
+        return False
+    return True
 
 
 def _over(grant: Grant | None) -> bool:

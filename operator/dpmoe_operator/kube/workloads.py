@@ -49,7 +49,8 @@ class WorkloadWatch:
                 self._start(namespace)
         served = [n for n in namespaces if n in self._informers]
         for informer in (i for n in served for i in self._informers[n]):
-            await asyncio.wait_for(informer.synced.wait(), SYNC_SECONDS)
+            async with asyncio.timeout(SYNC_SECONDS):
+                await informer.synced.wait()
         self._raise_failures()
         return {n: self._forbidden[n][0] for n in namespaces if n not in self._informers}
 

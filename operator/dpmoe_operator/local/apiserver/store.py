@@ -122,7 +122,8 @@ class Cursor:
     async def wait(self, seconds: float) -> bool:
         """Waits for more events; returns whether there may be some."""
         try:
-            await asyncio.wait_for(self._wakeup.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._wakeup.wait()
         except TimeoutError:
             return False
         self._wakeup.clear()

@@ -221,6 +221,7 @@ def opened(name: str = "a", capacity: Sequence[int] = (10, 10)) -> AccountOpened
         conversion="tight",
         orders=[str(order) for order in range(2, 2 + len(capacity))],
         capacity=list(capacity),
+        disjoint_from=[],
     )
 
 

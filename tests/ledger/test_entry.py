@@ -134,7 +134,7 @@ def test_added_and_missing_fields_are_found(data: st.DataObject) -> None:
         else:
             del target[data.draw(st.sampled_from(sorted(target)))]
     else:
-        target.append(target[0])
+        target.append(target[0] if target else "new")
     with pytest.raises(LedgerError):
         fold(log)
 

@@ -20,8 +20,9 @@ from tests.builders import (
     wrapped,
 )
 
+from dpmoe_operator.ledger.account import Spending
 from dpmoe_operator.ledger.entry import LedgerError
-from dpmoe_operator.ledger.fold import LedgerState, Spending
+from dpmoe_operator.ledger.fold import LedgerState
 
 
 @pytest.fixture

@@ -26,11 +26,18 @@ PLURAL = "ledgerentries"
 
 MAX_RECORDS = 10_000
 MAX_STEPS = 10_000_000
+MAX_PARTS = 1_000
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", max_length=64)]
 AccountName = Annotated[str, Field(min_length=1, max_length=8192)]
 Units = Annotated[int, Field(ge=-9 * 10**15, le=9 * 10**15)]
 Curve = Annotated[list[Units], Field(min_length=1, max_length=64)]
+Outcome = Annotated[str, Field(pattern=r"^[A-Z][A-Za-z]*$", max_length=64)]
+EntryName = Annotated[str, Field(pattern=r"^entry-[0-9]{12}$", max_length=18)]
+Total = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,29})$", max_length=30)]
+"""A sum of many amounts, as a string: it may outgrow the 64 bits of the API server's integers."""
+
+Totals = Annotated[list[Total], Field(min_length=1, max_length=64)]
 
 
 class ObjectReference(ApiModel):
@@ -42,7 +49,11 @@ class ObjectReference(ApiModel):
 
 
 class AccountOpened(ApiModel):
-    """A dataset partition got its budget. Happens once for each account, for ever."""
+    """A dataset partition got its budget. Happens once for each account, for ever.
+
+    `disjoint_from` names the accounts that may seem to hold some of its rows, and of which the
+    owner declared that they do not.
+    """
 
     account: AccountName
     block: ObjectReference
@@ -52,6 +63,14 @@ class AccountOpened(ApiModel):
     conversion: Literal["classic", "tight"]
     orders: Annotated[list[DecimalString], Field(min_length=1, max_length=64)]
     capacity: Curve
+    disjoint_from: Annotated[list[AccountName], Field(max_length=64)]
+
+
+class AccountRetired(ApiModel):
+    """The owner closed a partition: no grant on its account any more, for ever."""
+
+    account: AccountName
+    block: ObjectReference
 
 
 class Charge(ApiModel):
@@ -92,23 +111,85 @@ class Settled(ApiModel):
     """A grant ended: `charges` is consumed for ever, the rest of the reservation returns."""
 
     job: ObjectReference
-    outcome: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z]*$", max_length=64)]
+    outcome: Outcome
     steps: Annotated[int, Field(ge=0, le=MAX_STEPS)]
     message: Annotated[str, Field(max_length=1024)]
     charges: Annotated[list[Charge], Field(min_length=1, max_length=256)]
 
 
+class Balance(ApiModel):
+    """What is reserved and consumed at each order, and by how many jobs."""
+
+    reserved: Totals
+    consumed: Totals
+    jobs: Annotated[int, Field(ge=0)]
+
+
+class AccountKept(ApiModel):
+    """An account as a checkpoint keeps it."""
+
+    opened: AccountOpened
+    time: Timestamp
+    balance: Balance
+    retired: AccountRetired | None = None
+
+
+class ShareKept(ApiModel):
+    """What the jobs of one namespace spent on one account, as a checkpoint keeps it."""
+
+    account: AccountName
+    namespace: DnsLabel
+    balance: Balance
+
+
+class GrantKept(ApiModel):
+    """A grant as a checkpoint keeps it: open, or settled not long ago."""
+
+    granted: Granted
+    entry: EntryName
+    time: Timestamp
+    launched: Launched | None = None
+    settled: Settled | None = None
+    settlement_entry: EntryName | None = None
+    settlement_time: Timestamp | None = None
+
+
+class GrantClosed(ApiModel):
+    """What stays known of a grant that was settled long ago: that there was one."""
+
+    uid: Annotated[str, Field(min_length=1, max_length=64)]
+    outcome: Outcome
+    entry: EntryName
+    time: Timestamp
+
+
+class Checkpoint(ApiModel):
+    """A part of the whole state, so that a reader may start here instead of at the first entry.
+
+    The parts follow each other without any other entry between them.
+    """
+
+    part: Annotated[int, Field(ge=1, le=MAX_PARTS)]
+    of: Annotated[int, Field(ge=1, le=MAX_PARTS)]
+    accounts: Annotated[list[AccountKept], Field(max_length=MAX_RECORDS)]
+    shares: Annotated[list[ShareKept], Field(max_length=MAX_RECORDS)]
+    grants: Annotated[list[GrantKept], Field(max_length=MAX_RECORDS)]
+    closed: Annotated[list[GrantClosed], Field(max_length=MAX_RECORDS)]
+
+
 class Record(ApiModel):
-    """One change of the accounts: exactly one of the fields is set."""
+    """One change of the accounts, or a part of a checkpoint: exactly one of the fields is set."""
 
     account_opened: AccountOpened | None = None
+    account_retired: AccountRetired | None = None
     granted: Granted | None = None
     launched: Launched | None = None
     settled: Settled | None = None
+    checkpoint: Checkpoint | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        changes = (self.account_opened, self.granted, self.launched, self.settled)
+        changes = [getattr(self, name) for name in type(self).model_fields]
         if sum(change is not None for change in changes) != 1:
             raise SpecError("spec.records", "a record", "must set exactly one of its fields")
         return self

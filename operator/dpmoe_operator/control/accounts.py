@@ -13,7 +13,7 @@ from dpmoe_operator.api.identity import DataIdentity, TakenRows
 from dpmoe_operator.api.ledgerentry import AccountOpened, ObjectReference
 from dpmoe_operator.api.privateblock import PrivateBlockSpec
 from dpmoe_operator.control.views import BlockView, Snapshot
-from dpmoe_operator.ledger.fold import Account
+from dpmoe_operator.ledger.account import Account
 from dpmoe_operator.privacy.capacity import capacity
 from dpmoe_operator.privacy.orders import DEFAULT_ORDERS
 
@@ -95,6 +95,7 @@ def opening(block: BlockView) -> AccountOpened:
         conversion=budget.conversion,
         orders=list(orders),
         capacity=list(capacity(budget.epsilon, budget.delta, orders, budget.conversion)),
+        disjoint_from=[],
     )
 
 

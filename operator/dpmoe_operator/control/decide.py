@@ -52,7 +52,8 @@ from dpmoe_operator.control.views import (
     parse_time,
 )
 from dpmoe_operator.launch.manifests import Launch
-from dpmoe_operator.ledger.fold import Grant, LedgerState
+from dpmoe_operator.ledger.account import Grant
+from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_trainer.contract import JobReference
 
 

@@ -17,7 +17,7 @@ from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.accounts import Standing
 from dpmoe_operator.control.settlement import Unanswered, answer
 from dpmoe_operator.control.views import JobView, Snapshot, WorkloadView, format_time
-from dpmoe_operator.ledger.fold import Account, Grant, minus
+from dpmoe_operator.ledger.account import Account, Grant, minus
 from dpmoe_operator.privacy.calibration import epsilon_for
 from dpmoe_operator.privacy.capacity import conversion_cost, epsilon_of
 from dpmoe_operator.privacy.units import NANO, capacity_units, format_epsilon, spend_units

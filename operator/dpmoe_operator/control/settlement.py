@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from dpmoe_operator.api.ledgerentry import Charge, Settled
 from dpmoe_operator.control.views import PodView, WorkloadView
-from dpmoe_operator.ledger.fold import Grant, LedgerState
+from dpmoe_operator.ledger.account import Grant
+from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.privacy.mechanisms import demand
 from dpmoe_trainer.contract import (
     TERMINATION_MESSAGE_BYTES,
@@ -158,8 +159,8 @@ def _read_report(pod: PodView) -> TrainingReport:
     if pod.exit_code is None:
         raise Unanswered("ReportMissing", "rank 0 ended without an exit code")
     if not pod.message:
-        code = pod.exit_code
-        raise Unanswered("ReportMissing", f"rank 0 ended with exit code {code} and wrote no report")
+        how = f"exit code {pod.exit_code}" + (f" ({pod.ended_by})" if pod.ended_by else "")
+        raise Unanswered("ReportMissing", f"rank 0 ended with {how} and wrote no report")
     if len(pod.message.encode()) > TERMINATION_MESSAGE_BYTES:
         raise Unanswered("ReportMissing", "the report is longer than a termination message")
     try:

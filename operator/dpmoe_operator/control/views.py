@@ -113,7 +113,9 @@ class PodView:
         ended: all of its containers have ended, for good.
         exit_code: of the trainer container, once it ended.
         message: its termination message, once it ended.
-        waiting: why its container does not run yet, e.g. `ErrImagePull: no such image`.
+        ended_by: what ended it, where the kubelet has a name for that, e.g. `OOMKilled`, `Evicted`.
+        waiting: why its container does not run yet, e.g. `ErrImagePull: no such image`, or
+            `Unschedulable: 0/2 nodes are available`.
     """
 
     uid: str
@@ -126,6 +128,7 @@ class PodView:
     ended: bool
     exit_code: int | None
     message: str | None
+    ended_by: str | None
     waiting: str | None
 
     @classmethod
@@ -135,7 +138,7 @@ class PodView:
         containers = status.get("containerStatuses") or []
         states = [container.get("state") or {} for container in containers]
         ended = next((s["terminated"] for s in states if "terminated" in s), None)
-        waits = next((s["waiting"] for s in states if "waiting" in s), None)
+        waits = next((s["waiting"] for s in states if "waiting" in s), _unschedulable(status))
         scheduled = bool((manifest.get("spec") or {}).get("nodeName"))
         return cls(
             uid=meta["uid"],
@@ -148,6 +151,7 @@ class PodView:
             ended=status.get("phase") in ("Succeeded", "Failed"),
             exit_code=ended.get("exitCode") if ended else None,
             message=ended.get("message") if ended else None,
+            ended_by=_ended_by(status, ended or {}),
             waiting=": ".join(filter(None, (waits.get("reason"), waits.get("message"))))
             if waits
             else None,
@@ -183,6 +187,19 @@ def _index(meta: Json) -> int:
     """A pod that hides its index counts as one that ran as rank 0."""
     text = (meta.get("annotations") or {}).get(COMPLETION_INDEX, "")
     return int(text) if text.isdecimal() else 0
+
+
+def _unschedulable(status: Json) -> Json | None:
+    """Why no node takes a pod, in the scheduler's words, once it has tried."""
+    conditions = status.get("conditions") or []
+    scheduled: Json = next((c for c in conditions if c.get("type") == "PodScheduled"), {})
+    refused = scheduled.get("status") == "False" and scheduled.get("message")
+    return scheduled if refused else None
+
+
+def _ended_by(status: Json, ended: Json) -> str | None:
+    names = (ended.get("reason"), status.get("reason"))
+    return next((name for name in names if name not in (None, "Error", "Completed")), None)
 
 
 def _never_started(status: Json, containers: list[Any], gone: bool) -> bool:

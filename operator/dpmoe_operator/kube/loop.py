@@ -22,8 +22,8 @@ from dpmoe_operator.kube.picture import Picture
 from dpmoe_operator.kube.resources import PODS
 from dpmoe_operator.kube.workloads import WorkloadWatch
 from dpmoe_operator.launch.manifests import JOB_UID
+from dpmoe_operator.ledger.account import Grant
 from dpmoe_operator.ledger.entry import LedgerError, in_entries
-from dpmoe_operator.ledger.fold import Grant
 from dpmoe_operator.ledger.log import Ledger, NoAnswer, StaleView
 
 logger = logging.getLogger(__name__)

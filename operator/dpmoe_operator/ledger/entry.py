@@ -20,8 +20,24 @@ MAX_ENTRY_BYTES = 900_000
 """An entry's records stay below this, so that the object stays below etcd's 1.5 MiB."""
 
 
-class LedgerError(ValueError):
+MAX_RECORD_BYTES = 400_000
+"""A record stays below this, so that a checkpoint can keep a grant with all that became of it."""
+
+
+class Unverified(ValueError):
+    """Nothing may be granted: the log, or its copy on the anchor's volume, is not what it was.
+
+    Attributes:
+        reason: one word for conditions and events.
+    """
+
+    reason = "Unverified"
+
+
+class LedgerError(Unverified):
     """The log does not hold. Names the entry and what is wrong with it."""
+
+    reason = "ChainBroken"
 
     def __init__(self, entry: str, problem: str) -> None:
         self.entry, self.problem = entry, problem

@@ -2,110 +2,98 @@
 
 What holds after every entry, or `LedgerError` names the first that breaks it:
 
-- an account is opened once; its capacity never changes;
+- an account is opened once; its capacity never changes; once retired it takes no grant any more;
 - on each account, reserved + consumed ≤ capacity at some RDP order (the privacy filter);
 - a job is granted at most once, over all its accounts together;
-- a grant is launched at most once, and settled at most once, for at most what it reserved.
+- a grant is launched at most once, and settled at most once, for at most what it reserved;
+- a checkpoint says what the entries before it add up to. A fold may start at one: then what it
+  says is taken on trust, and everything behind it is checked.
 """
 
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from dpmoe_operator.api.ledgerentry import (
     AccountOpened,
+    AccountRetired,
     Charge,
+    Checkpoint,
+    GrantClosed,
     Granted,
     Launched,
+    LedgerEntrySpec,
     ObjectReference,
     Record,
     Settled,
 )
+from dpmoe_operator.ledger.account import Account, Amounts, Grant, Spending, minus, plus
+from dpmoe_operator.ledger.checkpoint import Contents
 from dpmoe_operator.ledger.entry import GENESIS, LedgerError, entry_name, open_entry
 
-Amounts = tuple[int, ...]
-
-
-def plus(a: Sequence[int], b: Sequence[int]) -> Amounts:
-    """Order by order, a + b."""
-    return tuple(x + y for x, y in zip(a, b, strict=True))
-
-
-def minus(a: Sequence[int], b: Sequence[int]) -> Amounts:
-    """Order by order, a − b."""
-    return tuple(x - y for x, y in zip(a, b, strict=True))
-
 
 @dataclass(frozen=True)
-class Spending:
-    """Reserved and consumed amounts, in 10⁻⁹ ε at each order of the account."""
+class Change:
+    """What one entry does to the state, checked and not yet done.
 
-    reserved: Amounts
-    consumed: Amounts
-    jobs: int = 0
+    Attributes:
+        accounts: the accounts that it changes, as they will be.
+        grants: the grants that it changes, as they will be.
+        parts: the parts of the checkpoint that it belongs to, up to this one.
+        contents: the whole state, where it completes a checkpoint.
+    """
 
-    @property
-    def total(self) -> Amounts:
-        """Everything that can no longer be promised to somebody else."""
-        return plus(self.reserved, self.consumed)
-
-
-@dataclass(frozen=True)
-class Account:
-    """One dataset partition's budget."""
-
-    opened: AccountOpened
-    time: str
-    spending: Spending
-    by_namespace: Mapping[str, Spending]
-
-    @property
-    def capacity(self) -> Amounts:
-        """The total budget at each order, in 10⁻⁹ ε."""
-        return tuple(self.opened.capacity)
-
-    @property
-    def zero(self) -> Amounts:
-        """No amount, at each order."""
-        return (0,) * len(self.opened.capacity)
-
-    def of_namespace(self, namespace: str) -> Spending:
-        """What the jobs of one namespace reserved and consumed here."""
-        return self.by_namespace.get(namespace, Spending(self.zero, self.zero))
-
-    def fits(self, amounts: Sequence[int]) -> bool:
-        """Whether the filter still holds with `amounts` added: at some order, all fits."""
-        sums = zip(self.spending.total, amounts, self.opened.capacity, strict=True)
-        return any(spent + asked <= capacity for spent, asked, capacity in sums)
-
-
-@dataclass(frozen=True)
-class Grant:
-    """One job's reservation, and how it ended."""
-
-    granted: Granted
-    entry: str
-    time: str
-    launched: Launched | None = None
-    settled: Settled | None = None
-    settlement_entry: str | None = None
-    settlement_time: str | None = None
-
-    @property
-    def amounts(self) -> dict[str, Amounts]:
-        """Reserved amounts by account."""
-        return {charge.account: tuple(charge.amounts) for charge in self.granted.charges}
+    entry: LedgerEntrySpec
+    accounts: Mapping[str, Account] = field(default_factory=dict)
+    grants: Mapping[str, Grant] = field(default_factory=dict)
+    parts: tuple[Checkpoint, ...] = ()
+    contents: Contents | None = None
 
 
 @dataclass
 class LedgerState:
-    """What the log says. Only `fold` and `append` change it."""
+    """What the log says. Only `fold` and `append` change it.
+
+    Attributes:
+        accounts: by name.
+        grants: open grants, and those settled since the last checkpoints, by the job's uid.
+        closed: jobs that were settled longer ago, by uid.
+        sequence: number of the next entry.
+        head: digest of the last entry.
+        blank: nothing is known yet: a checkpoint must come first.
+        checkpoint: number of the first entry of the last complete checkpoint.
+    """
 
     accounts: dict[str, Account] = field(default_factory=dict)
     grants: dict[str, Grant] = field(default_factory=dict)
+    closed: dict[str, GrantClosed] = field(default_factory=dict)
     sequence: int = 0
     head: str = GENESIS
+    blank: bool = False
+    checkpoint: int | None = None
+    _parts: tuple[Checkpoint, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def starting_at(cls, sequence: int, previous: str) -> "LedgerState":
+        """The state before a checkpoint whose first entry has this number and predecessor."""
+        return cls(sequence=sequence, head=previous, blank=sequence > 0)
+
+    def knows(self, uid: str) -> bool:
+        """Whether a job was ever granted, as far as that is still known."""
+        return uid in self.grants or uid in self.closed
+
+    def settlement_time(self, uid: str) -> str | None:
+        """When a job's grant was settled; None where it is open or there is none."""
+        if uid in self.closed:
+            return self.closed[uid].time
+        grant = self.grants.get(uid)
+        return grant.settlement_time if grant is not None else None
+
+    def contents(self) -> Contents:
+        """The state as a checkpoint would hold it."""
+        return Contents(self.accounts, self.grants, self.closed)
 
     def apply(self, manifest: Mapping[str, Any]) -> None:
         """Take in the next entry of the log.
@@ -113,13 +101,39 @@ class LedgerState:
         Raises:
             LedgerError: the entry breaks the chain or a rule; the state is then unchanged.
         """
+        self.adopt(self.prepare(manifest))
+
+    def prepare(self, manifest: Mapping[str, Any]) -> Change:
+        """Check the next entry of the log, and what it would change.
+
+        Raises:
+            LedgerError: the entry breaks the chain or a rule.
+        """
         entry = open_entry(manifest, sequence=self.sequence, previous=self.head)
         name = entry_name(self.sequence)
+        part = next((r.checkpoint for r in entry.records if r.checkpoint is not None), None)
+        if part is not None:
+            return self._prepare_part(entry, name, part)
+        if self.blank:
+            raise LedgerError(name, "the log starts here, and not with a checkpoint")
         accounts, grants = self._preview(name, entry.time, entry.records)
-        self.accounts.update(accounts)
-        self.grants.update(grants)
+        return Change(entry, accounts, grants)
+
+    def adopt(self, change: Change) -> None:
+        """Take in what `prepare` checked, on the state that it was checked on."""
+        assert change.entry.sequence == self.sequence
+        if change.contents is not None:
+            self.accounts = dict(change.contents.accounts)
+            self.grants = dict(change.contents.grants)
+            self.closed = dict(change.contents.closed)
+            self.checkpoint = self.sequence - len(change.parts) + 1
+            self.blank = False
+        else:
+            self.accounts.update(change.accounts)
+            self.grants.update(change.grants)
+        self._parts = () if change.contents is not None else change.parts
         self.sequence += 1
-        self.head = entry.digest
+        self.head = change.entry.digest
 
     def check(self, records: Iterable[Record]) -> None:
         """Refuse records that the log could not take now.
@@ -128,6 +142,22 @@ class LedgerState:
             LedgerError: a record breaks a rule.
         """
         self._preview(entry_name(self.sequence), "", records)
+
+    def _prepare_part(self, entry: LedgerEntrySpec, name: str, part: Checkpoint) -> Change:
+        if len(entry.records) != 1:
+            raise LedgerError(name, "holds something beside a part of a checkpoint")
+        # A writer that was interrupted leaves its checkpoint incomplete; the next starts anew.
+        parts = (*self._parts, part) if part.part > 1 else (part,)
+        if part.part != len(parts) or part.part > part.of or part.of != parts[0].of:
+            raise LedgerError(name, f"part {part.part} of {part.of} is out of place")
+        if part.part < part.of:
+            return Change(entry, parts=parts)
+        contents = Contents.of(parts)
+        if not self.blank:
+            problem = contents.difference(self.contents(), datetime.fromisoformat(entry.time))
+            if problem is not None:
+                raise LedgerError(name, f"the checkpoint does not hold: {problem}")
+        return Change(entry, parts=parts, contents=contents)
 
     def _preview(
         self, name: str, time: str, records: Iterable[Record]
@@ -139,29 +169,80 @@ class LedgerState:
         for record in records:
             if record.account_opened is not None:
                 _open(accounts, record.account_opened, name, time)
+            elif record.account_retired is not None:
+                _retire(accounts, record.account_retired, name)
             elif record.granted is not None:
+                if record.granted.job.uid in self.closed:
+                    raise LedgerError(name, f"grants job {record.granted.job.uid} twice")
                 _grant(accounts, grants, record.granted, name, time)
             elif record.launched is not None:
                 _launch(grants, record.launched, name)
-            else:
-                assert record.settled is not None
+            elif record.settled is not None:
                 _settle(accounts, grants, record.settled, name, time)
+            else:
+                raise LedgerError(name, "holds a part of a checkpoint beside something else")
         return changed_accounts, changed_grants
 
 
-def fold(manifests: Iterable[Mapping[str, Any]]) -> LedgerState:
+def fold(manifests: Sequence[Mapping[str, Any]], *, start: int = 0) -> LedgerState:
     """The state after a whole log.
 
     Args:
-        manifests: LedgerEntry objects in the order of their names.
+        manifests: LedgerEntry objects in the order of their names. They begin with the first entry
+            of all, or the one at `start` is the first of a checkpoint.
+        start: from which of them on to fold; what is before is not looked at.
 
     Raises:
         LedgerError: names the first entry that breaks the chain or a rule.
     """
     state = LedgerState()
-    for manifest in manifests:
+    if manifests:
+        state = _state_before(manifests[start])
+    for manifest in manifests[start:]:
         state.apply(manifest)
+    if state.blank:
+        raise LedgerError(
+            entry_name(state.sequence), "missing: the checkpoint before is incomplete"
+        )
     return state
+
+
+def _state_before(manifest: Mapping[str, Any]) -> LedgerState:
+    """The state to fold a log from that begins with this entry."""
+    spec = manifest.get("spec")
+    sequence = spec.get("sequence") if isinstance(spec, Mapping) else None
+    previous = spec.get("previous") if isinstance(spec, Mapping) else None
+    if not isinstance(sequence, int) or not isinstance(previous, str) or part_of(manifest) != 1:
+        return LedgerState()
+    return LedgerState.starting_at(sequence, previous)
+
+
+def part_of(manifest: Mapping[str, Any]) -> int | None:
+    """Which part of a checkpoint an unchecked entry says it is; None where it is none."""
+    try:
+        part = manifest["spec"]["records"][0]["checkpoint"]["part"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return part if isinstance(part, int) else None
+
+
+def checkpoints_in(manifests: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Where complete checkpoints begin in a log, unchecked: positions in `manifests`."""
+    found = []
+    for end, manifest in enumerate(manifests):
+        part = part_of(manifest)
+        if part is not None and part == manifest["spec"]["records"][0]["checkpoint"].get("of"):
+            found.append(end - part + 1)
+    return [position for position in found if position >= 0]
+
+
+def _retire(accounts: MutableMapping[str, Account], retired: AccountRetired, entry: str) -> None:
+    account = accounts.get(retired.account)
+    if account is None:
+        raise LedgerError(entry, f"retires account {retired.account}, which was never opened")
+    if account.retired is not None:
+        raise LedgerError(entry, f"retires account {retired.account} a second time")
+    accounts[retired.account] = replace(account, retired=retired)
 
 
 def _open(
@@ -187,6 +268,8 @@ def _grant(
         raise LedgerError(entry, f"grants job {job.namespace}/{job.name} ({job.uid}) twice")
     for charge in _distinct(granted.charges, entry):
         account = _account(accounts, charge, entry)
+        if account.retired is not None:
+            raise LedgerError(entry, f"grants on account {charge.account}, which is retired")
         if min(charge.amounts) < 0:
             raise LedgerError(entry, f"reserves a negative amount on {charge.account}")
         if not account.fits(charge.amounts):

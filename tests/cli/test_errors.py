@@ -54,7 +54,7 @@ def taken_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
-@pytest.mark.parametrize("command", [("operator",), ("ledger", "verify")])
+@pytest.mark.parametrize("command", [("operator", "--no-anchor"), ("ledger", "verify")])
 def test_dead_api_server(command: tuple[str, ...], dead_server: Path) -> None:
     result = dpmoe(*command, "--kubeconfig", str(dead_server))
     assert_one_line(result, "http://127.0.0.1:9", "Check that it runs")
@@ -62,12 +62,12 @@ def test_dead_api_server(command: tuple[str, ...], dead_server: Path) -> None:
 
 
 def test_missing_kubeconfig(tmp_path: Path) -> None:
-    result = dpmoe("operator", "--kubeconfig", str(tmp_path / "none"))
+    result = dpmoe("operator", "--no-anchor", "--kubeconfig", str(tmp_path / "none"))
     assert_one_line(result, "none", "--kubeconfig")
 
 
 def test_unknown_policy(dead_server: Path) -> None:
-    result = dpmoe("operator", "--policy", "best", "--kubeconfig", str(dead_server))
+    result = dpmoe("operator", "--no-anchor", "--policy", "best", "--kubeconfig", str(dead_server))
     assert_one_line(result, "best", "dpf", "fcfs")
 
 
@@ -110,3 +110,9 @@ def test_stale_crds_are_found(tmp_path: Path) -> None:
     assert dpmoe("crds", "--check", str(tmp_path)).returncode == 0
     (tmp_path / "privateblocks.yaml").write_text("other")
     assert_one_line(dpmoe("crds", "--check", str(tmp_path)), "privateblocks.yaml", "make crds")
+
+
+@pytest.mark.parametrize("choice", [(), ("--no-anchor", "--anchor", "here")])
+def test_the_choice_of_an_anchor_is_explicit(dead_server: Path, choice: tuple[str, ...]) -> None:
+    result = dpmoe("operator", "--kubeconfig", str(dead_server), *choice)
+    assert_one_line(result, "--anchor", "--no-anchor")

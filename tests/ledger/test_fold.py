@@ -17,7 +17,6 @@ from tests.builders import (
     opened,
     reference,
     settled,
-    wrapped,
 )
 
 from dpmoe_operator.ledger.account import Spending
@@ -171,14 +170,6 @@ def test_settlement_covers_the_accounts_of_the_grant(ledger: LedgerState) -> Non
         }
     )
     refused(ledger, "one account twice", double)
-
-
-def test_check_refuses_what_apply_refuses_and_changes_nothing(ledger: LedgerState) -> None:
-    before = deepcopy(ledger)
-    ledger.check([wrapped(granted("job-1"))])
-    with pytest.raises(LedgerError, match="entry-000000000001"):
-        ledger.check([wrapped(granted("job-1", {"a": (99, 99)}))])
-    assert ledger == before
 
 
 def test_entry_may_not_be_empty(ledger: LedgerState) -> None:

@@ -176,10 +176,12 @@ def test_vanishing_entry_is_no_answer(ledger: Ledger, store: MemoryStore) -> Non
     run(other.load())
     append(other, granted("job-1", {"a": (1,)}))
 
-    async def nothing(name: str) -> None:
-        return None
+    entry = store.entry
 
-    store.entry = nothing  # type: ignore[method-assign]
+    async def without_the_last(name: str) -> Any:
+        return None if name == "entry-000000000001" else await entry(name)
+
+    store.entry = without_the_last  # type: ignore[method-assign]
     with pytest.raises(NoAnswer, match="cannot be read"):
         append(ledger, granted("job-2", {"a": (1,)}))
 

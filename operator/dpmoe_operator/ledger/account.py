@@ -41,6 +41,7 @@ class Account:
     spending: Spending
     by_namespace: Mapping[str, Spending]
     retired: AccountRetired | None = None
+    retirement_time: str | None = None
 
     @property
     def capacity(self) -> Amounts:

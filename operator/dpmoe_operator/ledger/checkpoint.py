@@ -62,6 +62,7 @@ class Contents:
                 _spending(kept.balance),
                 shares.get(kept.opened.account, {}),
                 kept.retired,
+                kept.retirement_time,
             )
             for part in parts
             for kept in part.accounts
@@ -163,6 +164,7 @@ def _items(contents: Contents) -> Iterator[Kept]:
             time=account.time,
             balance=_balance(account.spending),
             retired=account.retired,
+            retirement_time=account.retirement_time,
         )
     for name, account in contents.accounts.items():
         for namespace, spending in account.by_namespace.items():

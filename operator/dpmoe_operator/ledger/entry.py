@@ -31,16 +31,14 @@ class Unverified(ValueError):
         reason: one word for conditions and events.
     """
 
-    reason = "Unverified"
+    reason: str
 
 
 class LedgerError(Unverified):
     """The log does not hold. Names the entry and what is wrong with it."""
 
-    reason = "ChainBroken"
-
-    def __init__(self, entry: str, problem: str) -> None:
-        self.entry, self.problem = entry, problem
+    def __init__(self, entry: str, problem: str, reason: str = "ChainBroken") -> None:
+        self.entry, self.problem, self.reason = entry, problem, reason
         super().__init__(f"{entry}: {problem}")
 
 
@@ -122,6 +120,11 @@ def open_entry(manifest: Mapping[str, Any], *, sequence: int, previous: str) -> 
     return entry
 
 
+def size_of(record: Record) -> int:
+    """Bytes that a record takes in an entry."""
+    return len(record.model_dump_json(by_alias=True, exclude_none=True).encode())
+
+
 def in_entries(records: Sequence[Record]) -> Iterator[list[Record]]:
     """Split records over as few entries as the size limit allows, keeping their order.
 
@@ -130,7 +133,7 @@ def in_entries(records: Sequence[Record]) -> Iterator[list[Record]]:
     batch: list[Record] = []
     size = 0
     for record in records:
-        length = len(record.model_dump_json(by_alias=True, exclude_none=True).encode())
+        length = size_of(record)
         if batch and (size + length > MAX_ENTRY_BYTES or len(batch) == MAX_RECORDS):
             yield batch
             batch, size = [], 0

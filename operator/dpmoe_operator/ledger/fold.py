@@ -135,14 +135,6 @@ class LedgerState:
         self.sequence += 1
         self.head = change.entry.digest
 
-    def check(self, records: Iterable[Record]) -> None:
-        """Refuse records that the log could not take now.
-
-        Raises:
-            LedgerError: a record breaks a rule.
-        """
-        self._preview(entry_name(self.sequence), "", records)
-
     def _prepare_part(self, entry: LedgerEntrySpec, name: str, part: Checkpoint) -> Change:
         if len(entry.records) != 1:
             raise LedgerError(name, "holds something beside a part of a checkpoint")
@@ -170,7 +162,7 @@ class LedgerState:
             if record.account_opened is not None:
                 _open(accounts, record.account_opened, name, time)
             elif record.account_retired is not None:
-                _retire(accounts, record.account_retired, name)
+                _retire(accounts, record.account_retired, name, time)
             elif record.granted is not None:
                 if record.granted.job.uid in self.closed:
                     raise LedgerError(name, f"grants job {record.granted.job.uid} twice")
@@ -236,13 +228,15 @@ def checkpoints_in(manifests: Sequence[Mapping[str, Any]]) -> list[int]:
     return [position for position in found if position >= 0]
 
 
-def _retire(accounts: MutableMapping[str, Account], retired: AccountRetired, entry: str) -> None:
+def _retire(
+    accounts: MutableMapping[str, Account], retired: AccountRetired, entry: str, time: str
+) -> None:
     account = accounts.get(retired.account)
     if account is None:
         raise LedgerError(entry, f"retires account {retired.account}, which was never opened")
     if account.retired is not None:
         raise LedgerError(entry, f"retires account {retired.account} a second time")
-    accounts[retired.account] = replace(account, retired=retired)
+    accounts[retired.account] = replace(account, retired=retired, retirement_time=time)
 
 
 def _open(

@@ -66,6 +66,11 @@ class Stack:
         return self.directory / "volumes"
 
     @property
+    def anchor(self) -> Path:
+        """Where the operator keeps its copy of the ledger."""
+        return self.directory / "anchor"
+
+    @property
     def description(self) -> str:
         """What is real here, and what is not."""
         server = "emulated API" if self.api == "embedded" else "real etcd and kube-apiserver"
@@ -91,6 +96,7 @@ class Stack:
         """Start the API server and write the kubeconfig."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.volumes.mkdir(exist_ok=True)
+        self.anchor.mkdir(exist_ok=True)
         if self.api == "envtest":
             self._start_envtest()
             return
@@ -151,6 +157,8 @@ class Stack:
             TRAINER_IMAGE,
             "--policy",
             self._policy,
+            "--anchor",
+            str(self.anchor),
             env={"KUBECONFIG": str(self.operator_kubeconfig)},
         )
         self.operator.start()

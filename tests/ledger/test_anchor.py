@@ -48,6 +48,7 @@ def reason(error: pytest.ExceptionInfo[AnchorError]) -> str:
 
 def test_nothing_was_begun(tmp_path: Path) -> None:
     assert Anchor(tmp_path).head() is None
+    assert list(Anchor(tmp_path).entries()) == []
     with pytest.raises(AnchorError) as error:
         Anchor(tmp_path).append(LOG)
     assert reason(error) == "AnchorLost"

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,9 @@ class Anchor:
         before: Head | None = None
         with self._errors("read"):
             segments = self._segments()
-            for segment, after in zip(segments, [*segments[1:], None], strict=True):
-                if after is not None and _first_of(after) <= start:
+            ends = [_first_of(segment) for segment in segments[1:]]
+            for segment, end in zip_longest(segments, ends):
+                if end is not None and end <= start:
                     continue
                 for line in _lines(segment):
                     manifest = _parse(line, segment)

@@ -28,6 +28,7 @@ LEDGER: frozenset[Call] = frozenset(
         ("dpmoe.dev", "ledgerentries", "get"),
         ("dpmoe.dev", "ledgerentries", "list"),
         ("dpmoe.dev", "ledgerentries", "create"),
+        ("dpmoe.dev", "ledgerentries", "delete"),
         # kube/lease.py
         ("coordination.k8s.io", "leases", "get"),
         ("coordination.k8s.io", "leases", "create"),

@@ -20,6 +20,7 @@ FULL: dict[str, Any] = {
         "hostPaths": ["/srv/data", "/mnt/reviews"],
     },
     "scheduling": {"policy": "fcfs", "roundSeconds": 0.5},
+    "anchor": {"size": "10Gi", "storageClassName": "fast"},
     "resources": {"requests": {"cpu": 1, "memory": "1Gi"}, "limits": {"memory": "2Gi"}},
     "nodeSelector": {"kubernetes.io/os": "linux"},
     "tolerations": [{"key": "control", "operator": "Exists", "effect": "NoSchedule"}],

@@ -1,14 +1,16 @@
 """The operator's Deployment: restricted, and configured by variables that the operator reads."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from tests.chart.conftest import FULL
-from tests.chart.helm import Manifest, only
+from tests.chart.helm import Helm, Manifest, only
 
 from dpmoe_operator.cli.main import app
 from dpmoe_operator.control.settings import Settings
+from dpmoe_operator.kube.lease import LEASE_SECONDS
 from dpmoe_operator.kube.operator import LEASE_NAME
 from dpmoe_trainer.contract import PROGRESS_PORT
 
@@ -49,6 +51,10 @@ def test_the_operator_understands_what_the_default_values_say(
         "trainer_image": "ghcr.io/dpmoe/trainer:0.1.0",
         "policy": DEFAULTS.policy,
         "round_seconds": 5.0,
+        "anchor": Path("/var/lib/dpmoe/anchor"),
+        "no_anchor": False,
+        "lease_seconds": LEASE_SECONDS,
+        "pod_uid": "from-the-field",
         "gpu_resource": DEFAULTS.gpu_resource,
         "storage_cidr": (),
         "host_path": (),
@@ -70,9 +76,17 @@ def test_the_operator_understands_what_other_values_say(
     assert list(understood["host_path"]) == ["/srv/data", "/mnt/reviews"]
 
 
-def test_the_ledger_is_in_the_pods_own_namespace(full: list[Manifest]) -> None:
-    [variable] = [v for v in container(full)["env"] if v["name"] == "DPMOE_NAMESPACE"]
-    assert variable["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.namespace"}}
+def test_the_operator_knows_its_own_pod(full: list[Manifest]) -> None:
+    fields = {
+        variable["name"]: variable["valueFrom"]["fieldRef"]["fieldPath"]
+        for variable in container(full)["env"]
+        if "valueFrom" in variable
+    }
+    assert fields == {
+        "DPMOE_NAMESPACE": "metadata.namespace",
+        "DPMOE_POD_UID": "metadata.uid",
+    }
+    # The ledger is where the operator is.
     assert only(full, "Deployment", "dpmoe-operator")["metadata"]["namespace"] == "privacy"
 
 
@@ -88,6 +102,7 @@ def test_the_pod_passes_the_restricted_security_standard(full: list[Manifest]) -
         "runAsNonRoot": True,
         "runAsUser": 65532,
         "runAsGroup": 65532,
+        "fsGroup": 65532,
         "seccompProfile": {"type": "RuntimeDefault"},
     }
     assert container(full)["securityContext"] == {
@@ -97,7 +112,48 @@ def test_the_pod_passes_the_restricted_security_standard(full: list[Manifest]) -
     }
     assert not any("hostPort" in port for port in container(full)["ports"])
     assert "initContainers" not in pod(full)
-    assert "volumes" not in pod(full)
+    assert [set(volume) for volume in pod(full)["volumes"]] == [{"name", "persistentVolumeClaim"}]
+
+
+def test_the_anchors_volume_is_where_the_operator_looks(full: list[Manifest]) -> None:
+    [volume], [mount] = pod(full)["volumes"], container(full)["volumeMounts"]
+    [path] = [v["value"] for v in container(full)["env"] if v["name"] == "DPMOE_ANCHOR"]
+    assert mount == {"name": volume["name"], "mountPath": path}
+    name = volume["persistentVolumeClaim"]["claimName"]
+    claim = only(full, "PersistentVolumeClaim", name, "privacy")
+    assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    assert claim["spec"] == {
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": "fast",
+        "resources": {"requests": {"storage": "10Gi"}},
+    }
+
+
+def test_the_default_storage_class_is_the_clusters(default: list[Manifest]) -> None:
+    claim = only(default, "PersistentVolumeClaim", "dpmoe-operator-anchor")
+    assert claim["spec"] == {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": "1Gi"}},
+    }
+
+
+def test_the_anchor_may_be_on_a_claim_that_is_there(helm: Helm) -> None:
+    manifests = helm.render({"anchor": {"existingClaim": "offsite"}})
+    assert "PersistentVolumeClaim" not in {manifest["kind"] for manifest in manifests}
+    [volume] = pod(manifests)["volumes"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "offsite"}
+
+
+def test_without_an_anchor_the_operator_is_told_so(
+    helm: Helm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifests = helm.render({"anchor": {"enabled": False}})
+    understood = parameters(manifests, monkeypatch)
+    assert (understood["anchor"], understood["no_anchor"]) == (None, True)
+    assert "PersistentVolumeClaim" not in {manifest["kind"] for manifest in manifests}
+    assert "volumes" not in pod(manifests)
+    assert "volumeMounts" not in container(manifests)
+    assert "fsGroup" not in pod(manifests)["securityContext"]
 
 
 def test_one_operator_at_a_time(full: list[Manifest]) -> None:

@@ -58,7 +58,7 @@ def test_only_its_own_lease_may_be_read_and_written(default: list[Manifest]) -> 
 def test_every_binding_of_the_operator_names_its_service_account(full: list[Manifest]) -> None:
     account = only(full, "ServiceAccount", "dpmoe-operator")["metadata"]
     subject = {"kind": "ServiceAccount", "name": account["name"], "namespace": "privacy"}
-    bindings = [m for m in full if m["kind"].endswith("Binding")]
+    bindings = [m for m in full if m["kind"].endswith("RoleBinding")]
     bound = {(b["roleRef"]["kind"], b["roleRef"]["name"]) for b in bindings}
     assert bound == {
         ("ClusterRole", "dpmoe-operator"),

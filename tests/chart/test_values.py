@@ -32,6 +32,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a CIDR with too long a mask": ({"trainer": {"storageCidrs": ["10.0.0.1/33"]}}, "Cidrs/0"),
     "a resource without a domain": ({"trainer": {"gpuResource": "gpu"}}, "trainer/gpuResource"),
     "a yes": ({"crds": {"keep": "yes"}}, "crds/keep"),
+    "an anchor without a unit": ({"anchor": {"size": "100"}}, "anchor/size"),
+    "an anchor of no size": ({"anchor": {"size": "0Gi"}}, "anchor/size"),
+    "a claim that cannot exist": ({"anchor": {"existingClaim": "My"}}, "anchor/existingClaim"),
+    "a policy by name": ({"admission": {"policy": "deny"}}, "policy"),
     "a word as a quantity": ({"resources": {"limits": {"memory": "lots"}}}, "limits/memory"),
     "an unknown resource": ({"resources": {"limits": {"nvidia.com/gpu": 1}}}, "nvidia.com/gpu"),
     "a port out of range": ({"networkPolicy": {"apiServerPorts": [70000]}}, "apiServerPorts/0"),
@@ -124,3 +128,6 @@ def test_the_notes_say_what_to_do_next(helm: Helm) -> None:
     assert "clinic-data, shop-data" in pinned
     assert "WARNING" not in pinned
     assert "kubectl -n privacy rollout status deployment/dpmoe-operator" in pinned
+    unguarded = notes({"admission": {"enabled": False}, "anchor": {"enabled": False}})
+    assert "Set\nadmission.enabled" in unguarded
+    assert "Set anchor.enabled" in unguarded

@@ -1,7 +1,4 @@
-"""The chart on a real API server: installed, with the rights of its own ServiceAccount, removed.
-
-It has a control plane of its own: Helm wants to be the one that creates the custom resources.
-"""
+"""The chart on a real API server: installed, with the rights of its own ServiceAccount, removed."""
 
 import asyncio
 import os
@@ -10,21 +7,32 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+import uuid
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from tests.chart.calls import CLUSTER, DATA, LEDGER, Call
-from tests.chart.helm import CHART, Helm, kubernetes_binary, only
-from tests.cluster.chart import kubectl_binary, service_account_kubeconfig
+from tests.chart.helm import only
+from tests.cluster.installation import (
+    BLOCK,
+    DATA_NAMESPACE,
+    JOB,
+    OPERATOR_NAMESPACE,
+    OTHER_NAMESPACE,
+    TEAM_NAMESPACE,
+    VALUES,
+    Installation,
+    eventually,
+    installed,
+    open_account,
+)
 
-from dpmoe_operator.api.ledgerentry import AccountOpened, ObjectReference, Record
 from dpmoe_operator.kube.client import KubeClient
 from dpmoe_operator.kube.config import load_access
-from dpmoe_operator.kube.errors import Forbidden, NotFound
+from dpmoe_operator.kube.errors import Forbidden
 from dpmoe_operator.kube.resources import (
     CONFIG_MAPS,
     CUSTOM_RESOURCE_DEFINITIONS,
@@ -32,31 +40,20 @@ from dpmoe_operator.kube.resources import (
     EVENTS,
     JOBS,
     LEDGER_ENTRIES,
-    NAMESPACES,
     NETWORK_POLICIES,
     PRIVATE_BLOCKS,
     SECRETS,
     SERVICES,
 )
-from dpmoe_operator.kube.store import KubeEntryStore
-from dpmoe_operator.ledger.log import Ledger
-from dpmoe_operator.local.envtest import Envtest
 
 pytestmark = pytest.mark.envtest
-
-OPERATOR_NAMESPACE = "privacy"
-DATA_NAMESPACE = "clinic-data"
-TEAM_NAMESPACE = "team-search"
-OTHER_NAMESPACE = "elsewhere"
-
-VALUES = {"dataNamespaces": [DATA_NAMESPACE]}
 
 WRITE = ("create", "update", "patch", "delete", "deletecollection")
 
 FORBIDDEN: list[tuple[str, str, str, tuple[str, ...]]] = [
-    (OPERATOR_NAMESPACE, "dpmoe.dev", "ledgerentries", ("update", "patch", "delete")),
-    (OPERATOR_NAMESPACE, "dpmoe.dev", "ledgerentries", ("deletecollection", "watch")),
-    (OTHER_NAMESPACE, "dpmoe.dev", "ledgerentries", ("get", "list", "create")),
+    (OPERATOR_NAMESPACE, "dpmoe.dev", "ledgerentries", ("update", "patch", "watch")),
+    (OPERATOR_NAMESPACE, "dpmoe.dev", "ledgerentries", ("deletecollection",)),
+    (OTHER_NAMESPACE, "dpmoe.dev", "ledgerentries", ("get", "list", "create", "delete")),
     (DATA_NAMESPACE, "dpmoe.dev", "privateblocks", WRITE),
     (TEAM_NAMESPACE, "dpmoe.dev", "dpmoejobs", ("create", "update", "patch", "deletecollection")),
     (DATA_NAMESPACE, "dpmoe.dev", "privateblocks/status", ("update",)),
@@ -75,94 +72,23 @@ FORBIDDEN: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("", "", "namespaces", ("get", "list", "create", "delete")),
     ("", "", "nodes", ("list",)),
     ("", "apiextensions.k8s.io", "customresourcedefinitions", ("get", "update", "delete")),
+    (
+        "",
+        "admissionregistration.k8s.io",
+        "validatingadmissionpolicies",
+        ("create", "update", "delete"),
+    ),
     ("", "rbac.authorization.k8s.io", "clusterroles", ("create", "bind", "escalate")),
 ]
 """What a stolen token must not be able to do: namespace, group, resource, verbs."""
-
-BLOCK = {
-    "apiVersion": "dpmoe.dev/v1alpha1",
-    "kind": "PrivateBlock",
-    "metadata": {"name": "visits"},
-    "spec": {
-        "dataset": {
-            "claim": {"claimName": "visits", "path": "train.tsv"},
-            "format": "tsv",
-            "textColumn": "text",
-            "labelColumn": "label",
-            "units": 10_000,
-        },
-        "budget": {"epsilon": "10", "delta": "1e-6"},
-        "access": [
-            {
-                "namespace": TEAM_NAMESPACE,
-                "models": ["models"],
-                "outputs": [{"claimName": "results"}],
-            }
-        ],
-    },
-}
-JOB = {
-    "apiVersion": "dpmoe.dev/v1alpha1",
-    "kind": "DPMoEJob",
-    "metadata": {"name": "triage"},
-    "spec": {
-        "blocks": {"namespace": DATA_NAMESPACE, "names": ["visits"]},
-        "privacy": {"epsilon": "2", "delta": "1e-6"},
-        "model": {"claim": {"claimName": "models", "path": "tiny"}},
-        "training": {
-            "logicalBatch": 100,
-            "steps": 20,
-            "optimizer": {"learningRate": "1e-3"},
-        },
-        "output": {"claim": {"claimName": "results", "path": "triage"}},
-    },
-}
-
-
-@dataclass(frozen=True)
-class Installation:
-    """A control plane on which the chart is installed, and its operator's credentials."""
-
-    server: Envtest
-    helm: Helm
-    kubeconfig: Path
-
-    def install(self, namespace: str, *arguments: str, check: bool = True) -> str:
-        """Install the chart; returns what Helm printed."""
-        result = self.helm(
-            "install", "dpmoe", str(CHART), "-n", namespace, *arguments, values=VALUES, check=check
-        )
-        return result.stdout + result.stderr
-
-    def upgrade(self, values: dict[str, Any]) -> None:
-        """Upgrade the release to other values."""
-        release = ("dpmoe", str(CHART), "-n", OPERATOR_NAMESPACE)
-        self.helm("upgrade", *release, values=values)
 
 
 @pytest.fixture(scope="module")
 def installation(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Installation]:
-    if request.config.getoption("--api") == "embedded":
-        pytest.skip("--api=embedded: the embedded API server knows neither Helm nor RBAC")
-    assets = kubernetes_binary("kube-apiserver").parent
-    folder = tmp_path_factory.mktemp("chart")
-    with Envtest(assets, folder / "state") as server:
-        helm = Helm(kubernetes_binary("helm"), folder, server.kubeconfig)
-        asyncio.run(create_namespaces(server.kubeconfig))
-        kubeconfig = folder / "operator.kubeconfig"
-        installation = Installation(server, helm, kubeconfig)
-        installation.install(OPERATOR_NAMESPACE)
-        service_account_kubeconfig(server, OPERATOR_NAMESPACE, "dpmoe-operator", kubeconfig)
+    with installed(request, tmp_path_factory.mktemp("chart")) as installation:
         yield installation
-
-
-async def create_namespaces(kubeconfig: Path) -> None:
-    async with KubeClient(load_access(kubeconfig)) as client:
-        for name in (OPERATOR_NAMESPACE, DATA_NAMESPACE, TEAM_NAMESPACE, OTHER_NAMESPACE):
-            manifest = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
-            await client.create(NAMESPACES, None, manifest)
 
 
 @pytest.fixture
@@ -202,18 +128,6 @@ async def allowed(client: KubeClient, namespace: str, calls: Iterable[Call]) -> 
         return call, answer["status"]["allowed"]
 
     return {call for call, yes in await asyncio.gather(*map(ask, calls)) if yes}
-
-
-async def eventually(holds: Callable[[], Awaitable[Any]], what: str, seconds: float = 60) -> Any:
-    """Wait until `holds` is true; a thing that is not there yet counts as not."""
-    for _ in range(int(seconds / 0.1)):
-        try:
-            if answer := await holds():
-                return answer
-        except NotFound:
-            pass
-        await asyncio.sleep(0.1)
-    raise AssertionError(f"never: {what}")
 
 
 async def test_every_call_of_the_operator_is_allowed(operator: KubeClient) -> None:
@@ -258,13 +172,24 @@ def free_port() -> int:
 
 
 def operator_process(installation: Installation, port: int, log: Path) -> subprocess.Popen[bytes]:
-    """The operator as the Deployment would run it, but for the addresses."""
+    """The operator as the Deployment would run it, but for addresses and the anchor's folder."""
     manifest = installation.helm("get", "manifest", "dpmoe", "-n", OPERATOR_NAMESPACE).stdout
     deployment = only(list(yaml.safe_load_all(manifest)), "Deployment", "dpmoe-operator")
     [container] = deployment["spec"]["template"]["spec"]["containers"]
-    variables = {v["name"]: v.get("value", OPERATOR_NAMESPACE) for v in container["env"]}
+    fields = {"metadata.namespace": OPERATOR_NAMESPACE, "metadata.uid": str(uuid.uuid4())}
+    variables = {
+        variable["name"]: variable["value"]
+        if "value" in variable
+        else fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+        for variable in container["env"]
+    }
+    [mount] = container["volumeMounts"]
+    assert variables["DPMOE_ANCHOR"] == mount["mountPath"]
+    anchor = log.with_name("anchor")
+    anchor.mkdir()
     variables |= {
         "KUBECONFIG": str(installation.kubeconfig),
+        "DPMOE_ANCHOR": str(anchor),
         "DPMOE_LIVENESS": f"http://127.0.0.1:{port}/healthz",
     }
     with log.open("wb") as output:
@@ -331,38 +256,17 @@ async def test_the_operator_works_with_these_rights(
     assert (await admin.list(LEDGER_ENTRIES, OPERATOR_NAMESPACE))[0]
 
 
-async def open_account(operator: KubeClient) -> str:
-    """Append an entry to the ledger, as the operator does; returns its name."""
-    store = KubeEntryStore(operator, OPERATOR_NAMESPACE)
-    ledger = Ledger(store, namespace=OPERATOR_NAMESPACE, writer="test")
-    await ledger.load()
-    block = ObjectReference(namespace=DATA_NAMESPACE, name="kept", uid="u")
-    opened = AccountOpened(
-        account=f"claim://{DATA_NAMESPACE}/kept/rows.tsv",
-        block=block,
-        unit="example",
-        epsilon="1",
-        delta="1e-6",
-        conversion="tight",
-        orders=["8"],
-        capacity=[10**9],
-    )
-    return await ledger.append([Record(account_opened=opened)], time="2026-01-01T00:00:00Z")
-
-
 async def test_the_ledger_outlives_the_release(
     installation: Installation, operator: KubeClient, admin: KubeClient
 ) -> None:
     entry = await open_account(operator)
-    with pytest.raises(Forbidden):
-        await operator.delete(LEDGER_ENTRIES, OPERATOR_NAMESPACE, entry)
 
     installation.upgrade({"dataNamespaces": [DATA_NAMESPACE, OTHER_NAMESPACE]})
     await eventually_allowed(operator, OTHER_NAMESPACE, DATA)
     installation.upgrade(VALUES)
     await eventually_allowed(operator, OTHER_NAMESPACE, frozenset())
 
-    installation.helm("uninstall", "dpmoe", "-n", OPERATOR_NAMESPACE)
+    installation.uninstall()
     await eventually_allowed(operator, DATA_NAMESPACE, frozenset())
     definitions, _ = await admin.list(CUSTOM_RESOURCE_DEFINITIONS)
     assert len([d for d in definitions if d["spec"]["group"] == "dpmoe.dev"]) == 3
@@ -384,13 +288,6 @@ def test_a_second_operator_in_the_cluster_is_refused(installation: Installation)
 def test_the_block_in_the_notes_is_accepted(installation: Installation) -> None:
     notes = installation.helm("get", "notes", "dpmoe", "-n", OPERATOR_NAMESPACE).stdout
     manifest = notes.split("<<'EOF'\n")[1].split("  EOF\n")[0]
-    command = [str(kubectl_binary()), f"--kubeconfig={installation.server.kubeconfig}"]
-    result = subprocess.run(
-        [*command, "apply", "--dry-run=server", "-f", "-"],
-        input=manifest,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = installation.kubectl("apply", "--dry-run=server", "-f", "-", stdin=manifest)
     assert result.returncode == 0, result.stderr
     assert "privateblock.dpmoe.dev/reviews-2025 created (server dry run)" in result.stdout

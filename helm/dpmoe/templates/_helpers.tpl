@@ -37,3 +37,32 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   name: {{ include "dpmoe.operator" . }}
   namespace: {{ .Release.Namespace }}
 {{- end }}
+
+{{/* The name by which the API server knows the operator. */}}
+{{- define "dpmoe.username" -}}
+system:serviceaccount:{{ .Release.Namespace }}:{{ include "dpmoe.operator" . }}
+{{- end }}
+
+{{/* What outlives the release: the ledger, and what protects it. */}}
+{{- define "dpmoe.keep" -}}
+{{- if .Values.crds.keep -}}
+annotations:
+  helm.sh/resource-policy: keep
+{{- end }}
+{{- end }}
+
+{{/* The annotation by which the ledger's CustomResourceDefinition and namespace may be deleted. */}}
+{{- define "dpmoe.allowDeletion" -}}
+dpmoe.dev/allow-deletion=forget-all-spent-budget
+{{- end }}
+
+{{/* Whether the object that is to be deleted carries it, in CEL. */}}
+{{- define "dpmoe.deletionIsAllowed" -}}
+{{- $annotation := splitList "=" (include "dpmoe.allowDeletion" .) -}}
+oldObject.metadata.?annotations[?'{{ first $annotation }}'] == optional.of('{{ last $annotation }}')
+{{- end }}
+
+{{/* The claim of the anchor's volume. */}}
+{{- define "dpmoe.anchorClaim" -}}
+{{ .Values.anchor.existingClaim | default (printf "%s-anchor" (include "dpmoe.operator" .)) }}
+{{- end }}

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from dpmoe_operator.api.base import API_VERSION
 from dpmoe_operator.api.ledgerentry import (
     AccountOpened,
+    AccountRetired,
     Charge,
     Granted,
     Launched,
@@ -198,6 +199,8 @@ def wrapped(record: Any) -> Record:
         return record
     if isinstance(record, AccountOpened):
         return Record(account_opened=record)
+    if isinstance(record, AccountRetired):
+        return Record(account_retired=record)
     if isinstance(record, Granted):
         return Record(granted=record)
     if isinstance(record, Launched):
@@ -306,6 +309,10 @@ class MemoryStore:
         self._store(manifest)
         if fault == "unheard":
             raise NoAnswer("the answer was lost")
+
+    async def remove(self, name: str) -> None:
+        """Remove an entry."""
+        self.log.pop(name, None)
 
     def deliver(self) -> None:
         """Let the oldest late create arrive; nobody hears the answer."""

@@ -137,7 +137,15 @@ def frozen_by(plural: str) -> set[str]:
 
 
 def test_account_fields_of_a_block_are_frozen() -> None:
-    assert frozen_by(privateblock.PLURAL) == {"dataset", "unit", "budget"}
+    assert frozen_by(privateblock.PLURAL) == {"dataset", "disjointFrom", "unit", "budget"}
+
+
+def test_retirement_of_a_block_is_for_ever() -> None:
+    assert "self.retired || !oldSelf.retired" in rules(privateblock.PLURAL)
+    (version,) = all_definitions()[privateblock.PLURAL]["spec"]["versions"]
+    spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    # The rule may read the field since it is always there.
+    assert spec["properties"]["retired"]["default"] is False
 
 
 def test_all_of_a_job_is_frozen_but_how_it_waits() -> None:

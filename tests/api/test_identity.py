@@ -115,16 +115,40 @@ def test_shared_rows_are_found_unless_provably_apart(one: str, other: str, share
     assert a.shares_rows(b) == b.shares_rows(a) == shared
 
 
-@given(st.lists(identities(), max_size=6), identities())
+SURELY = [
+    ("claim://n/c/a", "claim://n/c/a", True),
+    ("claim://n/c/a", "claim://n/c/a?y=1", True),
+    ("claim://n/c/a?y=1", "claim://n/c/a?y=1,2", True),
+    ("claim://n/c/a?y=1", "claim://n/c/a?y=2", False),
+    ("claim://n/c/a?y=1", "claim://n/c/a?z=1", False),
+    ("claim://n/c/a", "claim://n/c/a/b", False),
+    ("claim://n/c/a", "claim://n/c/b", False),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "shared"), SURELY)
+def test_what_no_declaration_can_set_apart(one: str, other: str, shared: bool) -> None:
+    a, b = DataIdentity.parse(one), DataIdentity.parse(other)
+    assert a.surely_shares_rows(b) == b.surely_shares_rows(a) == shared
+
+
+@given(identities(), identities())
+def test_what_is_sure_is_possible(one: DataIdentity, other: DataIdentity) -> None:
+    assert one.surely_shares_rows(one)
+    assert one.shares_rows(other) or not one.surely_shares_rows(other)
+
+
+@given(st.lists(identities(), max_size=6), identities(), st.sets(identities(), max_size=3))
 def test_index_finds_what_comparing_with_all_finds(
-    owners: list[DataIdentity], asked: DataIdentity
+    owners: list[DataIdentity], asked: DataIdentity, apart: set[DataIdentity]
 ) -> None:
     taken = TakenRows()
     for owner in owners:
         taken.take(owner)
-    found = taken.owner(asked)
+    found = taken.owner(asked, apart)
     if found is None:
-        assert not any(asked.shares_rows(owner) for owner in owners)
+        assert not any(asked.shares_rows(owner) for owner in owners if owner not in apart)
     else:
         assert found in owners
+        assert found not in apart
         assert asked.shares_rows(found)

@@ -44,6 +44,8 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         },
     },
     "no access at all": {"access": []},
+    "a retired block": {"retired": True},
+    "blocks that share no row": {"disjointFrom": ["reviews-2024", "others"]},
     "a URI for results": {
         "access": [{"namespace": "t", "outputs": [{"uriPrefix": "s3://bucket/team-a/"}]}]
     },
@@ -178,6 +180,10 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
         "path, claim",
         "exactly one",
     ),
+    ({"retired": "yes please"}, "spec.retired", "yes please", "boolean"),
+    ({"disjointFrom": ["a", "a"]}, "spec.disjointFrom", "'a'", "must not repeat"),
+    ({"disjointFrom": ["vault/a"]}, "spec.disjointFrom.0", "vault/a", "pattern"),
+    ({"disjointFrom": [f"b{i}" for i in range(65)]}, "spec.disjointFrom", "b0", "at most 64"),
     ({"access": [{"namespace": "Team"}]}, "spec.access.0.namespace", "Team", "pattern"),
     (
         {"access": [{"namespace": "a"}, {"namespace": "a"}]},

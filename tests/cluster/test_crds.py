@@ -215,6 +215,7 @@ FROZEN: list[tuple[str, Object]] = [
     ("privateblocks", {"budget": {"orders": ["2"]}}),
     ("privateblocks", {"budget": {"conversion": "classic"}}),
     ("privateblocks", {"unit": {"kind": "user", "column": "author"}}),
+    ("privateblocks", {"disjointFrom": ["others"]}),
     ("dpmoejobs", {"blocks": {"names": ["others"]}}),
     ("dpmoejobs", {"privacy": {"epsilon": "2"}}),
     ("dpmoejobs", {"privacy": {"noiseMultiplier": "1"}}),
@@ -246,6 +247,8 @@ def test_frozen_fields_stay(
 
 REMOVED: list[tuple[str, Object, str]] = [
     ("privateblocks", block_spec(unit={"kind": "user", "column": "author"}), "unit"),
+    ("privateblocks", block_spec(disjointFrom=["others", "more"]), "disjointFrom"),
+    ("privateblocks", block_spec(retired=True), "retired"),
     ("dpmoejobs", job_spec(image="x/y:1"), "image"),
     ("dpmoejobs", job_spec(timeoutSeconds=60), "timeoutSeconds"),
 ]
@@ -259,10 +262,21 @@ def test_frozen_fields_cannot_be_taken_out(
     refused(change(plural, {"spec": {field: None}}), f"spec.{field} may not change")
 
 
+def test_retired_blocks_stay_retired(create: Write, change: Write, with_cel: None) -> None:
+    assert create("privateblocks", block_spec()).status == 201
+    for _ in range(2):
+        assert change("privateblocks", {"spec": {"retired": True}}).status == 200
+    answer = change("privateblocks", {"spec": {"retired": False}})
+    refused(answer, "spec.retired may not change back: a retired block stays retired")
+    assert answer.body["details"]["causes"][0]["field"] == "spec.retired"
+    assert change("privateblocks", {"spec": {"access": []}}).status == 200
+
+
 ALLOWED: list[tuple[str, Object]] = [
     ("privateblocks", {"access": []}),
     ("privateblocks", {"access": [{"namespace": "new", "maxEpsilon": "1"}]}),
     ("privateblocks", {"unlocking": {"kind": "time", "lifetimeSeconds": 60}}),
+    ("privateblocks", {"retired": True}),
     ("privateblocks", {"evaluation": merged(block_spec()["dataset"], {"units": ABSENT})}),
     ("dpmoejobs", {"suspend": True}),
     ("dpmoejobs", {"priority": 5}),

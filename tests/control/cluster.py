@@ -83,6 +83,12 @@ class Cluster:
             self._truth.apply(manifest)
         return self._truth
 
+    def lose_entries(self, keep: int = 0) -> None:
+        """The log ends after its first entries, as one from an older backup does."""
+        for name in sorted(self.store.log)[keep:]:
+            del self.store.log[name]
+        self._truth = LedgerState()
+
     def changed(self, kind: str, event: str, manifest: Object) -> None:
         """A write: a new resource version, and an event for whoever watches."""
         self._version += 1
@@ -199,10 +205,10 @@ class Cluster:
             kind = "FailureTarget" if alive else "Failed"
             return {"failed": failed if not alive else 0, "conditions": [_condition(kind)]}
         if not alive:
-            self._create_pod(manifest)
+            self.create_pod(manifest)
         return {"active": 1, "conditions": []}
 
-    def _create_pod(self, workload: Object) -> None:
+    def create_pod(self, workload: Object) -> None:
         uid = f"pod-{self._version}"
         job_uid, owner = workload["metadata"]["labels"][JOB_UID], workload["metadata"]["uid"]
         self.pods[uid] = pod(UNSCHEDULED, uid=uid, node=None, job_uid=job_uid, owner=owner)

@@ -95,6 +95,13 @@ class ClusterUnderStress(RuleBasedStateMachine):
         else:
             self.apply_block(name)
 
+    @rule(often=st.integers(0, 5))
+    def retire_block(self, often: int) -> None:
+        """Block c alone, and not too early: nothing else happens on it after that."""
+        for uid, manifest in self.cluster.blocks.items():
+            if manifest["metadata"]["name"] == "c" and often == 0:
+                self.cluster.edit(uid, retired=True)
+
     # People with rights in the data namespace
 
     @rule(number=st.integers(0, 3))

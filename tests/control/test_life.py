@@ -2,36 +2,41 @@
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Any
 
 import pytest
-from tests.builders import ABSENT, SETTINGS, TEAM, UNITS, Object, block, job
+from tests.builders import SETTINGS, TEAM, block
 from tests.control.cluster import Cluster, Killed, Operator, settle_down
+from tests.control.stages import (
+    ROOM_FOR_TWO,
+    STAGES,
+    cheap,
+    grant_of,
+    kinds,
+    only_pod,
+    reach_ended,
+    reach_granted,
+    reach_launched,
+    reach_pending,
+    reach_running,
+    records,
+    see,
+    settled,
+)
 
 from dpmoe_operator.control.actions import Remove, SetStatus
 from dpmoe_operator.control.decide import decide
 from dpmoe_operator.control.views import CANCELLED, RELEASED, parse_time
 from dpmoe_operator.launch.manifests import JOB_UID, workload_name
-from dpmoe_operator.ledger.fold import Grant
 from dpmoe_trainer.contract import JobReference
 
 ACCOUNT = "claim://vault/data/reviews.jsonl"
-
-
-def cheap(uid: str = "j", **rest: Any) -> Object:
-    """A job of four steps over all units: half of what the block below can give."""
-    spec: Object = {
-        "privacy": {"epsilon": ABSENT, "noiseMultiplier": "5"},
-        "training": {"steps": 4, "logicalBatch": UNITS},
-    }
-    return job(uid=uid, **spec | rest)
 
 
 @pytest.fixture
 def cluster() -> Cluster:
     """One block with room for two cheap jobs."""
     result = Cluster()
-    result.apply(block(uid="b", budget={"epsilon": "3", "orders": ["8"]}))
+    result.apply(block(uid="b", budget=ROOM_FOR_TWO))
     return result
 
 
@@ -42,96 +47,6 @@ def operator(cluster: Cluster) -> Operator:
     result.round()
     result.round()
     return result
-
-
-def kinds(actions: list[Any]) -> list[str]:
-    return [type(action).__name__ for action in actions if not isinstance(action, SetStatus)]
-
-
-def records(decision: Any) -> list[str]:
-    return [next(iter(record.to_object())) for record in decision.records]
-
-
-def grant_of(cluster: Cluster, uid: str = "j") -> Grant:
-    return cluster.ledger.grants[uid]
-
-
-def see(operator: Operator) -> tuple[list[str], list[str]]:
-    """Deliver everything, run a round; its records and its actions but statuses."""
-    operator.deliver()
-    decision, actions = operator.round()
-    return records(decision), kinds(actions)
-
-
-def settled(cluster: Cluster, uid: str = "j") -> tuple[str, int]:
-    """Outcome and charged steps of a closed grant."""
-    record = grant_of(cluster, uid).settled
-    assert record is not None
-    return record.outcome, record.steps
-
-
-def only_pod(cluster: Cluster) -> str:
-    [uid] = cluster.pods
-    return uid
-
-
-# Stages, each reached from the one before
-
-
-def reach_granted(cluster: Cluster, operator: Operator) -> None:
-    cluster.apply(cheap())
-    operator.deliver()
-    decision, actions = operator.round()
-    assert (records(decision), kinds(actions)) == (["granted"], ["Prepare"])
-
-
-def reach_launched(cluster: Cluster, operator: Operator) -> None:
-    """The launch is in the ledger, and the process dies before the release."""
-    reach_granted(cluster, operator)
-    operator.deliver()
-    operator.fuse = 1
-    with pytest.raises(Killed):
-        operator.round()
-    operator.fuse = None
-    assert grant_of(cluster).launched is not None
-    assert not cluster.workloads[next(iter(cluster.workloads))]["metadata"]["annotations"]
-    operator.restart()
-
-
-def reach_released(cluster: Cluster, operator: Operator) -> None:
-    reach_granted(cluster, operator)
-    assert see(operator) == (["launched"], ["Release"])
-
-
-def reach_pending(cluster: Cluster, operator: Operator) -> None:
-    reach_released(cluster, operator)
-    cluster.job_controller()
-    assert see(operator) == ([], [])
-
-
-def reach_running(cluster: Cluster, operator: Operator) -> None:
-    reach_pending(cluster, operator)
-    for _ in range(3):
-        cluster.advance(only_pod(cluster))
-    cluster.train(only_pod(cluster), 3)
-    assert see(operator) == ([], [])
-
-
-def reach_ended(cluster: Cluster, operator: Operator) -> None:
-    reach_running(cluster, operator)
-    cluster.train(only_pod(cluster), 1)
-    cluster.finish(only_pod(cluster))
-    cluster.job_controller()
-
-
-STAGES: dict[str, Callable[[Cluster, Operator], None]] = {
-    "granted": reach_granted,
-    "launched": reach_launched,
-    "released": reach_released,
-    "pending": reach_pending,
-    "running": reach_running,
-    "ended": reach_ended,
-}
 
 
 def test_whole_life(cluster: Cluster, operator: Operator) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from typing import Any
 
 import pytest
@@ -20,11 +21,13 @@ from tests.builders import (
     with_accounts,
 )
 
+from dpmoe_operator.api.ledgerentry import Record
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.access import Refusal
 from dpmoe_operator.control.accounts import standings
-from dpmoe_operator.control.planning import Planned, Planner, plan_job
+from dpmoe_operator.control.planning import Planned, Planner, plan_job, reservation
 from dpmoe_operator.control.views import JobView
+from dpmoe_operator.ledger.entry import MAX_RECORD_BYTES, size_of
 from dpmoe_operator.privacy.calibration import epsilon_for
 from dpmoe_operator.privacy.mechanisms import demand
 from dpmoe_operator.privacy.orders import DEFAULT_ORDERS
@@ -213,6 +216,19 @@ def test_selector_takes_the_first_matching_blocks_by_name() -> None:
     assert message.startswith("spec.blocks.count: 4: only 3 PrivateBlocks in namespace vault match")
 
 
+def test_selector_that_matches_more_than_a_job_may_have_needs_a_count() -> None:
+    labelled = {"labels": {"kind": "reviews"}}
+    blocks = [block(f"b{number:03}", meta=labelled) for number in range(257)]
+    chosen = {"names": ABSENT, "selector": {"matchLabels": {"kind": "reviews"}}}
+    reason, message = refusal(job(blocks=chosen), *blocks)
+    assert reason is Reason.INVALID_SPEC
+    assert message == (
+        "spec.blocks.count: 'absent': 257 PrivateBlocks match {'kind': 'reviews'}; must be set, to"
+        " at most 256"
+    )
+    assert len(plan(job(blocks={**chosen, "count": 256}), *blocks).plan.blocks) == 256
+
+
 def test_selector_leaves_refused_and_foreign_blocks_out() -> None:
     labelled = {"labels": {"kind": "reviews"}}
     blocks = [
@@ -238,6 +254,18 @@ NOT_OPENED: list[Any] = [
 TWO = {"names": ["reviews", "more"]}
 
 REFUSED: dict[str, tuple[Object, list[Object], Reason, str]] = {
+    "retired block": (
+        job(),
+        [block(retired=True)],
+        Reason.BLOCK_RETIRED,
+        "spec.blocks: 'reviews': takes no job any more (spec.retired is true;",
+    ),
+    "one of two blocks retired": (
+        job(blocks=TWO),
+        [block(), block("more", retired=True)],
+        Reason.BLOCK_RETIRED,
+        "spec.blocks: 'more': takes no job any more",
+    ),
     "unreadable job": (
         job(privacy={"epsilon": "-1"}),
         [block()],
@@ -418,6 +446,42 @@ def test_every_block_must_open_model_and_output() -> None:
     assert "block more opens [] for results" in message
 
 
+def wide_blocks(count: int) -> list[Object]:
+    """Blocks with the longest names of accounts and the most orders that are allowed."""
+    orders = [f"{2 + n / 100:.12f}" for n in range(64)]
+    partition = {"column": "c" * 200, "values": ["v" * 250, "w" * 250]}
+    return [
+        block(
+            f"b{number}",
+            dataset={
+                "claim": {"claimName": "data", "path": "p" * 230 + f"-{number}"},
+                "partition": partition,
+            },
+            budget={"orders": orders},
+        )
+        for number in range(count)
+    ]
+
+
+def test_grant_that_would_not_fit_into_one_record_is_refused_with_its_remedy() -> None:
+    blocks = wide_blocks(256)
+    named = [each["metadata"]["name"] for each in blocks]
+    dear: Object = {"privacy": {"epsilon": "100"}}
+    reason, message = refusal(job(blocks={"names": named}, **dear), *blocks)
+    assert reason is Reason.INVALID_SPEC
+    found = re.match(
+        r"spec\.blocks: 256 blocks: make a ledger record of (\d+) bytes, must make at most 400000;"
+        r" ask for at most about (\d+) such blocks, or",
+        message,
+    )
+    assert found is not None, message
+    fewer = int(found[2])
+    planned = plan(job(blocks={"names": named[:fewer]}, **dear), *blocks)
+    size = size_of(Record(granted=reservation(planned, SETTINGS)))
+    assert 0.95 * MAX_RECORD_BYTES < size <= MAX_RECORD_BYTES
+    assert int(found[1]) > MAX_RECORD_BYTES
+
+
 # The planner's memory
 
 
@@ -426,9 +490,9 @@ class Counting(Planner):
         super().__init__(SETTINGS)
         self.fresh = 0
 
-    def _fresh(self, job: Any, judged: Any) -> Planned | Refusal:
+    def _fresh(self, job: Any, judged: Any, granted: Any) -> Planned | Refusal:
         self.fresh += 1
-        return super()._fresh(job, judged)
+        return super()._fresh(job, judged, granted)
 
 
 def test_unchanged_manifests_are_planned_once() -> None:
@@ -460,6 +524,7 @@ CHANGES: dict[str, tuple[Object, list[Object]]] = {
     "its labels": (job(uid="j"), [changed_block(meta={"labels": {"a": "b"}})]),
     "another block of that name": (job(uid="j"), [block(uid="c")]),
     "it is gone": (job(uid="j"), []),
+    "it was retired by its account": (job(uid="j"), [changed_block(retired=True)]),
     "it became a duplicate": (
         job(uid="j"),
         [

@@ -26,6 +26,7 @@ from tests.builders import (
 from tests.control.cluster import Cluster, Operator, settle_down
 from tests.control.workloads import (
     NO_IMAGE,
+    NO_NODE,
     RUNNING,
     UNSCHEDULED,
     ended,
@@ -52,7 +53,8 @@ from dpmoe_operator.control.projection import (
 )
 from dpmoe_operator.control.settlement import Verdict, settle
 from dpmoe_operator.control.views import JobView, PodView, Snapshot, WorkloadView, format_time
-from dpmoe_operator.ledger.fold import Account, LedgerState
+from dpmoe_operator.ledger.account import Account
+from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.privacy.calibration import epsilon_for
 from dpmoe_operator.privacy.capacity import capacity, epsilon_of
 from dpmoe_operator.privacy.units import format_epsilon
@@ -94,6 +96,7 @@ def test_only_what_time_does_not_mend_is_rejected() -> None:
         "WaitingForRefund",
         "WaitingForUnlock",
         "Outranked",
+        "LedgerFrozen",
         "PendingEvaluation",
     }
 
@@ -182,6 +185,9 @@ def test_phases_of_a_granted_job() -> None:
     waits = held.status(history(NO_IMAGE, gone=False))
     assert phase(waits) == ("Reserved", "PodWaiting")
     assert "ErrImagePull: no such image" in str(waits.message)
+    waits = held.status(history(NO_NODE, gone=False, node=None))
+    assert phase(waits) == ("Reserved", "PodWaiting")
+    assert "Unschedulable: 0/1 nodes are available" in str(waits.message)
     running = held.status(
         history(RUNNING, gone=False),
         progress={"job-1": Progress(step=33, steps=100, epsilon=0.5, phase="Training")},
@@ -379,6 +385,7 @@ def status_of(reviews: Object, ledger: LedgerState, **rest: Any) -> PrivateBlock
         "waiting": 0,
         "unlocked": account.capacity if account else None,
         "next_unlock": None,
+        "anchored": True,
     }
     return block_status(standing, seen, **fields | rest)
 

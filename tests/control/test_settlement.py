@@ -36,18 +36,21 @@ from dpmoe_operator.control.settlement import (
     Verdict,
     answer,
     settle,
+    steps_shown,
     verdict_of_ended,
     verdict_of_stolen_start,
     verdict_of_unlaunched,
     verdict_of_vanished,
 )
 from dpmoe_operator.control.views import PodView, WorkloadView
-from dpmoe_operator.ledger.fold import Grant, LedgerState
+from dpmoe_operator.ledger.account import Grant
+from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.privacy.mechanisms import demand
 from dpmoe_trainer.contract import (
     TERMINATION_MESSAGE_BYTES,
     ExitCode,
     Outcome,
+    Progress,
 )
 
 FAILED = {"Failed": "BackoffLimitExceeded"}
@@ -122,6 +125,16 @@ PROVEN: dict[str, tuple[WorkloadView, str, int]] = {
 
 UNPROVEN: dict[str, tuple[WorkloadView, str, str]] = {
     "crash without a report": (view(ran(1)), "ReportMissing", "exit code 1 and wrote no report"),
+    "killed for memory": (
+        view(history(UNSCHEDULED, RUNNING, ended(137, reason="OOMKilled"), gone=False)),
+        "ReportMissing",
+        "exit code 137 (OOMKilled) and wrote no report",
+    ),
+    "evicted": (
+        view(history(RUNNING, ended(137) | {"reason": "Evicted"}, gone=False)),
+        "ReportMissing",
+        "exit code 137 (Evicted) and wrote no report",
+    ),
     "empty report": (view(ran(1, "")), "ReportMissing", "wrote no report"),
     "success without a report": (
         view(ran(0), conditions=COMPLETE, failed=0, succeeded=1),
@@ -283,6 +296,26 @@ def test_other_images_pay_in_full_whatever_they_report(steps: int) -> None:
 def test_other_images_that_never_started_pay_nothing() -> None:
     seen = view(history(UNSCHEDULED, UNSCHEDULED))
     assert verdict_of_ended(grant(reports_prove=False), seen).steps == 0
+
+
+@pytest.mark.parametrize(("shown", "charged"), [(0, 40), (39, 40), (40, 40), (41, 100), (101, 100)])
+def test_report_may_not_count_fewer_steps_than_were_shown(shown: int, charged: int) -> None:
+    verdict = verdict_of_ended(grant(), view(ran(143, stopped(40))), shown)
+    assert verdict.steps == charged
+    if charged == 100:
+        assert verdict.outcome == "ReportRefused"
+        assert f"counts 40 steps, its progress showed {shown}" in verdict.message
+
+
+def test_shown_steps_are_the_most_that_progress_or_status_tell_of() -> None:
+    def shown(progress: int | None, status: int | None) -> int:
+        asked = job(uid="j", status={"stepsDone": status} if status is not None else {})
+        steps = {} if progress is None else {"j": Progress(step=progress, steps=100, epsilon=0)}
+        return steps_shown(snapshot([], [asked], progress=steps), "j")
+
+    assert shown(None, None) == 0
+    assert shown(7, None) == shown(None, 7) == shown(7, 3) == shown(3, 7) == 7
+    assert steps_shown(snapshot(progress={"j": Progress(step=7, steps=9, epsilon=0)}), "j") == 7
 
 
 def test_ends_without_a_workload() -> None:

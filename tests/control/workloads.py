@@ -73,6 +73,17 @@ UNSCHEDULED: Object = {
     "phase": "Pending",
     "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}],
 }
+NO_NODE: Object = {
+    "phase": "Pending",
+    "conditions": [
+        {
+            "type": "PodScheduled",
+            "status": "False",
+            "reason": "Unschedulable",
+            "message": "0/1 nodes are available",
+        }
+    ],
+}
 SCHEDULED: Object = {"phase": "Pending"}
 CREATING: Object = {
     "phase": "Pending",
@@ -109,11 +120,11 @@ NEVER_FOUND: Object = {
 """The kubelet's last word on a pod that was deleted before its container started."""
 
 
-def ended(exit_code: int, message: str | None = None) -> Object:
+def ended(exit_code: int, message: str | None = None, *, reason: str | None = None) -> Object:
     """The trainer ran and ended."""
     terminated: Object = {
         "exitCode": exit_code,
-        "reason": "Completed" if exit_code == 0 else "Error",
+        "reason": reason or ("Completed" if exit_code == 0 else "Error"),
         "startedAt": SINCE,
         "finishedAt": SINCE,
         "containerID": RUNTIME_ID,

@@ -129,16 +129,21 @@ async def test_crash_between_entry_and_anchor(house: House) -> None:
 
 async def test_nothing_takes_effect_on_a_volume_that_refuses(house: House) -> None:
     ledger = await house.operator()
+    await ledger.append([wrapped(granted("job", {"a": (1,)}))], time=format_time(house.now))
     hidden = house.anchor.folder.rename(house.anchor.folder.with_name("away"))
-    with pytest.raises(AnchorError) as error:
-        await house.commit(ledger, granted("job", {"a": (1,)}))
-    assert error.value.reason == "AnchorUnusable"
+    for attempt in (ledger.secure, ledger.load):
+        with pytest.raises(AnchorError) as error:
+            await attempt()
+        assert error.value.reason == "AnchorUnusable"
     with pytest.raises(AnchorError):
-        await ledger.load()
+        await house.commit(ledger, granted("another", {"a": (1,)}))
     hidden.rename(house.anchor.folder)
     await ledger.load()
     assert "job" in ledger.state.grants
-    assert house.anchor.head() is not None
+    assert "another" not in ledger.state.grants
+    head = house.anchor.head()
+    assert head is not None
+    assert head.digest == ledger.state.head
 
 
 async def test_lost_anchor_is_never_replaced_silently(house: House) -> None:

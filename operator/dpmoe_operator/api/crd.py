@@ -125,7 +125,15 @@ def _definition(
 def private_block() -> Json:
     """The CustomResourceDefinition of PrivateBlock."""
     schema = structural_schema(privateblock.PrivateBlockSpec)
-    schema["x-kubernetes-validations"] = _frozen(privateblock.IMMUTABLE)
+    schema["x-kubernetes-validations"] = [
+        *_frozen(privateblock.IMMUTABLE),
+        {
+            "rule": "self.retired || !oldSelf.retired",
+            "message": "spec.retired may not change back: a retired block stays retired",
+            "reason": "FieldValueForbidden",
+            "fieldPath": ".retired",
+        },
+    ]
     for table in ("dataset", "evaluation"):
         schema["properties"][table]["x-kubernetes-validations"] = [
             _exactly_one("path", "claim", "huggingFace"),

@@ -40,6 +40,9 @@ from dpmoe_operator.api.privateblock import AmountText, HuggingFaceId, Revision
 KIND = "DPMoEJob"
 PLURAL = "dpmoejobs"
 
+MAX_BLOCKS = 256
+"""So many fit into a plan, and mostly into one record of the ledger."""
+
 Quantity = Annotated[
     str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,3})?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=16)
 ]
@@ -58,9 +61,11 @@ class BlockRequest(ApiModel):
     """
 
     namespace: DnsLabel
-    names: Annotated[list[DnsName], list_set(max_length=256, min_length=1), DISTINCT] | None = None
+    names: (
+        Annotated[list[DnsName], list_set(max_length=MAX_BLOCKS, min_length=1), DISTINCT] | None
+    ) = None
     selector: BlockSelector | None = None
-    count: Annotated[int, Field(ge=1, le=256)] | None = None
+    count: Annotated[int, Field(ge=1, le=MAX_BLOCKS)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -329,7 +334,7 @@ class DPMoEJobStatus(StatusModel):
     steps: Annotated[int, Field(ge=0)] | None = None
     steps_done: Annotated[int, Field(ge=0)] | None = None
     progress: AmountText | None = None
-    blocks: Annotated[list[DnsName], Field(max_length=256)] | None = None
+    blocks: Annotated[list[DnsName], Field(max_length=MAX_BLOCKS)] | None = None
     grant_entry: Annotated[str, Field(max_length=64)] | None = None
     settlement_entry: Annotated[str, Field(max_length=64)] | None = None
     evaluation: EvaluationStatus | None = None

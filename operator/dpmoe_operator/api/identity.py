@@ -1,12 +1,13 @@
 """What data *is*, whatever objects call it: the key of its account, and who may share its rows.
 
-Two identities share rows unless they are provably apart, since rows that are under two accounts
-would be paid for by neither alone. Not seen from here, and so the owner's to know: two claims on
-one volume, links, copies, and hub data sets that hold each other's rows.
+Two identities share rows unless they are provably apart or their owner declared it, since rows
+that are under two accounts would be paid for by neither alone. Not seen from here, and so the
+owner's to know: two claims on one volume, links, copies, and hub data sets that hold each other's
+rows.
 """
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from urllib.parse import quote, unquote
 
@@ -53,6 +54,14 @@ class DataIdentity:
             return True
         return not self.values.isdisjoint(other.values)
 
+    def surely_shares_rows(self, other: "DataIdentity") -> bool:
+        """Whether rows belong to both whatever anybody declares: all of a table holds its parts."""
+        if self.base != other.base:
+            return False
+        if self.column is None or other.column is None:
+            return True
+        return self.column == other.column and not self.values.isdisjoint(other.values)
+
 
 def within(path: str, folder: str) -> bool:
     """Whether a normal path is a folder, or below it.
@@ -71,7 +80,9 @@ class TakenRows:
     thousands of partitions.
     """
 
-    _owners: dict[str, dict[str | None, dict[str, DataIdentity]]] = field(default_factory=dict)
+    _owners: dict[str, dict[str | None, dict[str, list[DataIdentity]]]] = field(
+        default_factory=dict
+    )
     _below: dict[str, set[str]] = field(default_factory=dict)
 
     def take(self, identity: DataIdentity) -> None:
@@ -82,17 +93,25 @@ class TakenRows:
         columns = self._owners.setdefault(identity.base, {})
         by_value = columns.setdefault(identity.column, {})
         for value in identity.values or {""}:
-            by_value.setdefault(value, identity)
+            by_value.setdefault(value, []).append(identity)
 
-    def owner(self, identity: DataIdentity) -> DataIdentity | None:
-        """One that may share rows with `identity`, or None."""
+    def owner(
+        self, identity: DataIdentity, apart: Set[DataIdentity] = frozenset()
+    ) -> DataIdentity | None:
+        """One that may share rows with `identity`, or None.
+
+        Args:
+            identity: whose rows are looked for.
+            apart: owners that are declared to hold none of them.
+        """
+        return next((owner for owner in self._candidates(identity) if owner not in apart), None)
+
+    def _candidates(self, identity: DataIdentity) -> Iterator[DataIdentity]:
         for base in (*_folders(identity.base), *self._below.get(identity.base, ())):
             for column, by_value in self._owners.get(base, {}).items():
-                if column is None or column != identity.column:
-                    return next(iter(by_value.values()))
-                for value in identity.values & by_value.keys():
-                    return by_value[value]
-        return None
+                same = column is not None and column == identity.column
+                for value in identity.values & by_value.keys() if same else by_value:
+                    yield from by_value[value]
 
 
 def _folders(base: str) -> Iterator[str]:

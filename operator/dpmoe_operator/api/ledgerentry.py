@@ -122,7 +122,7 @@ class Balance(ApiModel):
 
     reserved: Totals
     consumed: Totals
-    jobs: Annotated[int, Field(ge=0)]
+    jobs: Annotated[int, Field(ge=0, le=10**12)]
 
 
 class AccountKept(ApiModel):
@@ -132,6 +132,7 @@ class AccountKept(ApiModel):
     time: Timestamp
     balance: Balance
     retired: AccountRetired | None = None
+    retirement_time: Timestamp | None = None
 
 
 class ShareKept(ApiModel):

@@ -42,6 +42,9 @@ PLURAL = "privateblocks"
 MAX_ACCOUNT_NAME = 1024
 """Plans and ledger entries carry the account's name, escaped, once for every block."""
 
+MAX_DISJOINT = 64
+"""An account's opening names them all."""
+
 HuggingFaceId = Annotated[
     str,
     Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=128),
@@ -242,14 +245,23 @@ class Access(ApiModel):
 
 
 class PrivateBlockSpec(ApiModel):
-    """What the data owner declares."""
+    """What the data owner declares.
+
+    Attributes:
+        disjoint_from: names of blocks in the same namespace of which the owner declares that they
+            hold none of this block's rows, though nothing shows it. Read when the block's account
+            is opened, and kept in the ledger.
+        retired: no grant any more, for ever; what runs goes on.
+    """
 
     dataset: Dataset
+    disjoint_from: Annotated[list[DnsName], list_set(max_length=MAX_DISJOINT), DISTINCT] = []
     evaluation: Table | None = None
     unit: Unit = Unit()
     budget: Budget
     unlocking: Unlocking = Unlocking()
     access: Annotated[list[Access], list_map("namespace", max_length=256)] = []
+    retired: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -308,7 +320,7 @@ class Spender(StatusModel):
 class PrivateBlockStatus(StatusModel):
     """A projection of the ledger for people; it may be deleted and is rebuilt at any time."""
 
-    state: Literal["Ready", "Exhausted", "Refused"] | None = None
+    state: Literal["Ready", "Exhausted", "Retired", "Refused", "Frozen"] | None = None
     reason: ReasonName | None = None
     message: MessageText | None = None
     account: Annotated[str, Field(max_length=8192)] | None = None
@@ -326,7 +338,7 @@ class PrivateBlockStatus(StatusModel):
     conditions: Conditions | None = None
 
 
-IMMUTABLE = ("dataset", "unit", "budget")
+IMMUTABLE = ("dataset", "disjointFrom", "unit", "budget")
 """Fields of the spec that may never change: the ledger's account stands on them."""
 
 COLUMNS: list[dict[str, Any]] = [

@@ -10,11 +10,17 @@ from enum import StrEnum
 class Reason(StrEnum):
     """A cause, as `status.conditions[].reason` names it; permanent causes come first."""
 
+    GRANT_MISSING = "GrantMissing"
+    """The job's status says that it was granted, and the ledger knows nothing of it."""
+
     BLOCK_NOT_FOUND = "BlockNotFound"
     """A block that the job asks for doesn't exist, or too few match its selector."""
 
     BLOCK_NOT_SHARED = "BlockNotShared"
     """The block's owner doesn't open it to the job's namespace for what the job wants."""
+
+    BLOCK_RETIRED = "BlockRetired"
+    """The block's owner retired it: no grant on its data any more, for ever."""
 
     INVALID_SPEC = "InvalidSpec"
     """The manifest contradicts itself, its blocks, or what privacy accounting can give."""
@@ -36,6 +42,9 @@ class Reason(StrEnum):
 
     OUTRANKED = "Outranked"
     """The plan fitted when the round began, but other jobs went first and took the budget."""
+
+    LEDGER_FROZEN = "LedgerFrozen"
+    """Nothing is granted: the ledger is not what it was, and somebody must look at it."""
 
     PENDING_EVALUATION = "PendingEvaluation"
     """No round has looked at the job yet."""

@@ -5,10 +5,10 @@ Whatever neither opened is refused, with the field, the value and who can mend i
 """
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from dpmoe_operator.api.base import SpecError
-from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
+from dpmoe_operator.api.dpmoejob import MAX_BLOCKS, DPMoEJobSpec
 from dpmoe_operator.api.identity import within
 from dpmoe_operator.api.privateblock import Access, PrivateBlockSpec
 from dpmoe_operator.api.reasons import Reason
@@ -27,12 +27,21 @@ class Refusal(Exception):
 
 
 def choose_blocks(
-    spec: DPMoEJobSpec, standings: Mapping[tuple[str, str], Standing]
+    spec: DPMoEJobSpec,
+    standings: Mapping[tuple[str, str], Standing],
+    granted: Collection[str] = (),
 ) -> list[Standing]:
     """The blocks that the job names, or the first `count` that its selector matches, by name.
 
+    Args:
+        spec: of the job.
+        standings: of all blocks.
+        granted: the accounts of the job's grant, if it has one. The selector has chosen then, and
+            blocks that were retired since are still the job's.
+
     Raises:
-        Refusal: a block is missing, or refused itself.
+        Refusal: a block is missing, retired, or refused itself.
+        SpecError: the selector matches more blocks than a job may have.
     """
     wanted = spec.blocks
     if wanted.names is not None:
@@ -44,6 +53,16 @@ def choose_blocks(
                 f" {wanted.namespace}; see 'kubectl get privateblocks -n {wanted.namespace}'",
             )
         chosen = [standings[wanted.namespace, name] for name in wanted.names]
+    elif granted:
+        by_account = {s.account_name: s for s in standings.values() if s.refusal is None}
+        gone = [name for name in granted if name not in by_account]
+        if gone:
+            raise Refusal(
+                Reason.BLOCK_NOT_FOUND,
+                f"spec.blocks.selector: the block of {gone[0]!r}, on which the job was granted, is"
+                " gone or refused; apply the job again",
+            )
+        chosen = [by_account[name] for name in granted]
     else:
         assert wanted.selector is not None
         labels = wanted.selector.match_labels.items()
@@ -52,6 +71,7 @@ def choose_blocks(
             for (namespace, _), standing in sorted(standings.items())
             if namespace == wanted.namespace
             and standing.refusal is None
+            and standing.retired is None
             and labels <= standing.block.meta.labels.items()
         ]
         count = wanted.count if wanted.count is not None else max(1, len(matching))
@@ -61,8 +81,20 @@ def choose_blocks(
                 f"spec.blocks.count: {count}: only {len(matching)} PrivateBlocks in namespace"
                 f" {wanted.namespace} match {dict(labels)}; ask for fewer or wait for more",
             )
+        if count > MAX_BLOCKS:
+            raise SpecError(
+                "spec.blocks.count",
+                "absent",
+                f"{count} PrivateBlocks match {dict(labels)}; must be set, to at most {MAX_BLOCKS}",
+            )
         chosen = matching[:count]
     for standing in chosen:
+        if standing.retired is not None and not granted:
+            raise Refusal(
+                Reason.BLOCK_RETIRED,
+                f"spec.blocks: {standing.block.meta.name!r}: takes no job any more"
+                f" ({standing.retired}); ask for other blocks",
+            )
         if standing.refusal is not None:
             raise Refusal(
                 Reason.BLOCK_NOT_FOUND,

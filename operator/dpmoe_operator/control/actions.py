@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dpmoe_operator.control.views import BlockView, JobView
 from dpmoe_operator.launch.manifests import Launch
 
 
@@ -51,16 +52,19 @@ class Remove:
 
 @dataclass(frozen=True)
 class DeleteJob:
-    """Delete a DPMoEJob whose time to live after its end is over."""
+    """Delete a DPMoEJob whose time to live after its end is over, unless it changed meanwhile."""
 
     namespace: str
     name: str
     uid: str
+    resource_version: str
 
 
 @dataclass(frozen=True)
 class SetStatus:
     """Write the status of a block or job whose status changed, and say so in an event.
+
+    Applies only to the version that the decision saw: an older view never overwrites a newer one's.
 
     Attributes:
         plural: `privateblocks` or `dpmoejobs`.
@@ -73,8 +77,37 @@ class SetStatus:
     namespace: str
     name: str
     uid: str
+    resource_version: str
     patch: Mapping[str, Any]
     event: tuple[str, str, str] | None
+
+
+def status_write(
+    plural: str, kind: str, view: JobView | BlockView, new: Mapping[str, Any], *, whole: bool = True
+) -> SetStatus | None:
+    """The write of a status that differs from the stored one; None where it does not.
+
+    Args:
+        plural: plural name of the resource.
+        kind: its kind.
+        view: the object, with the status that is stored.
+        new: the fields of the status.
+        whole: whether `new` is all of it, so that other fields go.
+    """
+    old = view.status
+    patch: dict[str, Any] = {key: value for key, value in new.items() if old.get(key) != value}
+    if whole:
+        patch |= {key: None for key in old if key not in new}
+    if not patch:
+        return None
+    event = None
+    if new.get("reason") and new.get("reason") != old.get("reason"):
+        bad = new.get("state") in ("Rejected", "Failed", "Refused", "Frozen")
+        event = ("Warning" if bad else "Normal", new["reason"], new.get("message", ""))
+    meta = view.meta
+    return SetStatus(
+        plural, kind, meta.namespace, meta.name, meta.uid, meta.resource_version, patch, event
+    )
 
 
 Action = Prepare | Release | Stop | Remove | DeleteJob | SetStatus

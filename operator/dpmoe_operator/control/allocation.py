@@ -12,12 +12,12 @@ from decimal import Decimal
 import numpy as np
 from numpy.typing import NDArray
 
-from dpmoe_operator.api.ledgerentry import Charge, Granted, ObjectReference
+from dpmoe_operator.api.ledgerentry import Granted
 from dpmoe_operator.api.privateblock import Unlocking
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.access import Refusal
 from dpmoe_operator.control.accounts import Standing
-from dpmoe_operator.control.planning import Planned
+from dpmoe_operator.control.planning import Planned, reservation
 from dpmoe_operator.control.projection import Waiting, timed_out
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.views import JobView, Snapshot, format_time, parse_time
@@ -82,11 +82,11 @@ def allocate(
     waiting: dict[str, Waiting] = {
         uid: Waiting(refusal.reason, refusal.message)
         for uid, refusal in refusals.items()
-        if uid not in snapshot.ledger.grants
+        if not snapshot.ledger.knows(uid)
     }
     candidates: list[Planned] = []
     for uid, planned in plans.items():
-        if uid in snapshot.ledger.grants:
+        if snapshot.ledger.knows(uid):
             continue
         hold = _held_back(planned, snapshot)
         if hold is not None:
@@ -98,14 +98,13 @@ def allocate(
         return Allocation(waiting=waiting, unlocked=unlocked)
     table = _Table(snapshot, candidates, unlocked)
     round_ = table.round()
-    chosen = policy(settings.policy)
-    granted = chosen.grant(round_)
-    check_grants(round_, granted)
-    for explanation in explain(round_, granted, chosen.order(round_), table.rules()):
+    outcome = policy(settings.policy).grant(round_)
+    check_grants(round_, outcome.granted)
+    for explanation in explain(round_, outcome.granted, outcome.order, table.rules()):
         planned = candidates[explanation.task]
         waiting[planned.job.meta.uid] = _in_words(planned, explanation, table)
     return Allocation(
-        granted=tuple(_record(candidates[int(task)], settings) for task in granted),
+        granted=tuple(reservation(candidates[int(task)], settings) for task in outcome.granted),
         waiting=waiting,
         unlocked=unlocked,
     )
@@ -157,7 +156,7 @@ def _unlocked(
     result: dict[str, Unlocked] = {}
     for standing in judged.values():
         account = snapshot.ledger.accounts.get(standing.account_name or "")
-        if account is None or standing.refusal is not None:
+        if account is None or standing.refusal is not None or standing.retired is not None:
             continue
         name = account.opened.account
         seen = account.spending.jobs + arrivals.get(name, 0)
@@ -276,24 +275,12 @@ def _spec_of(job: JobView, field_name: str) -> int:
     return int(getattr(job.spec, field_name))
 
 
-def _record(planned: Planned, settings: Settings) -> Granted:
-    meta, privacy = planned.job.meta, planned.plan.privacy
-    assert planned.job.spec is not None
-    return Granted(
-        job=ObjectReference(namespace=meta.namespace, name=meta.name, uid=meta.uid),
-        plan_digest=planned.plan.digest(),
-        epsilon=f"{privacy.epsilon:.9g}",
-        delta=planned.job.spec.privacy.delta,
-        noise_multiplier=repr(privacy.noise_multiplier),
-        sampling_rate=repr(privacy.sampling_rate),
-        clipping_norm=repr(privacy.clipping_norm),
-        steps=privacy.steps,
-        image=planned.image,
-        reports_prove=planned.image == settings.trainer_image,
-        charges=[
-            Charge(account=name, amounts=list(amounts)) for name, amounts in planned.demand.items()
-        ],
-    )
+def _about(number: int) -> str:
+    """A number to two digits: one job's grant must not change the statuses of all behind it."""
+    if number < 100:
+        return str(number)
+    step = 10 ** (len(str(number)) - 2)
+    return f"about {round(number / step) * step}"
 
 
 def _in_words(planned: Planned, explanation: Explanation, table: _Table) -> Waiting:
@@ -317,7 +304,7 @@ def _in_words(planned: Planned, explanation: Explanation, table: _Table) -> Wait
         " other blocks",
         Reason.WAITING_FOR_REFUND: f"{numbers}; running jobs hold the rest and may return some",
         Reason.WAITING_FOR_UNLOCK: f"{numbers} of what is unlocked{when}",
-        Reason.OUTRANKED: f"rank {explanation.rank} of {explanation.of} in the order of the"
-        f" policy; {numbers} after the jobs before it",
+        Reason.OUTRANKED: f"rank {_about(explanation.rank)} of {_about(explanation.of)} in the"
+        f" order of the policy; {numbers} after the jobs before it",
     }
     return _waiting(planned, explanation.reason, texts[explanation.reason])

@@ -15,13 +15,13 @@ suspended again is over: a second start would spend a second time.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
 from dpmoe_operator.api import dpmoejob, privateblock
 from dpmoe_operator.api.base import StatusModel
 from dpmoe_operator.api.ledgerentry import Launched, ObjectReference, Record, Settled
+from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.access import Refusal
-from dpmoe_operator.control.accounts import Standing, standings, to_open
+from dpmoe_operator.control.accounts import Standing, standings, to_open, to_retire
 from dpmoe_operator.control.actions import (
     Action,
     DeleteJob,
@@ -30,6 +30,7 @@ from dpmoe_operator.control.actions import (
     Remove,
     SetStatus,
     Stop,
+    status_write,
 )
 from dpmoe_operator.control.allocation import Allocation, allocate
 from dpmoe_operator.control.planning import Planned, Planner
@@ -38,6 +39,7 @@ from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.settlement import (
     Verdict,
     settle,
+    steps_shown,
     verdict_of_ended,
     verdict_of_stolen_start,
     verdict_of_unlaunched,
@@ -82,9 +84,9 @@ def decide(snapshot: Snapshot, settings: Settings, planner: Planner) -> Decision
     """
     judged = standings(snapshot)
     plans, refusals = _plan_all(snapshot, judged, planner)
-    openings = to_open(snapshot)
     allocation = allocate(snapshot, settings, judged, plans, refusals)
-    records = [Record(account_opened=opening) for opening in openings]
+    records = [Record(account_opened=opened) for opened in to_open(snapshot)]
+    records += [Record(account_retired=retired) for retired in to_retire(snapshot)]
     records += [Record(settled=settled) for settled in _settlements(snapshot, plans, refusals)]
     records += [Record(launched=launched) for launched in _launches(snapshot, plans)]
     records += [Record(granted=granted) for granted in allocation.granted]
@@ -103,7 +105,7 @@ def react(snapshot: Snapshot, decision: Decision, settings: Settings) -> list[Ac
     return [
         *_workload_actions(snapshot, decision, judged, settings),
         *_job_statuses(snapshot, decision),
-        *_block_statuses(snapshot, decision, judged),
+        *_block_statuses(snapshot, decision, judged, settings),
         *_expired(snapshot),
     ]
 
@@ -116,13 +118,30 @@ def _plan_all(
     refusals: dict[str, Refusal] = {}
     for uid, job in snapshot.jobs.items():
         grant = snapshot.ledger.grants.get(uid)
-        if grant is not None and grant.settled is not None:
+        if uid in snapshot.ledger.closed or (grant is not None and grant.settled is not None):
             continue
         try:
-            plans[uid] = planner.plan(job, judged)
+            if grant is None:
+                _refuse_second_grant(job)
+            plans[uid] = planner.plan(job, judged, tuple(grant.amounts) if grant else ())
         except Refusal as refusal:
             refusals[uid] = refusal
     return plans, refusals
+
+
+def _refuse_second_grant(job: JobView) -> None:
+    """A job that the ledger does not know was never granted, unless its own status says so.
+
+    The status is written after the commit. So the ledger lost the grant, or this is another one.
+    """
+    entry = job.status.get("grantEntry") or job.status.get("settlementEntry")
+    if entry:
+        raise Refusal(
+            Reason.GRANT_MISSING,
+            f"status.grantEntry: {entry!r}: the ledger knows no grant of this job: it was lost or"
+            " taken back, or this is another one; put its entries back from the anchor (dpmoe"
+            " ledger recover), a job is never granted a second time",
+        )
 
 
 def _open_grants(snapshot: Snapshot) -> Iterator[tuple[str, Grant]]:
@@ -181,7 +200,7 @@ def _verdict(
             return verdict_of_stolen_start(grant)
         return verdict_of_unlaunched("the DPMoEJob was deleted before its pods were released")
     if workload.over and workload.confirmed:
-        return verdict_of_ended(grant, workload)
+        return verdict_of_ended(grant, workload, steps_shown(snapshot, uid))
     return None
 
 
@@ -230,13 +249,16 @@ def _is_orphan(snapshot: Snapshot, uid: str, workload: WorkloadView) -> bool:
 
     A Job that is only suspended could be resumed by hand, and would then spend without a grant.
     """
+    kept = uid in snapshot.jobs and workload.outcome is not None
+    if uid in snapshot.ledger.closed:
+        return not kept
     grant = snapshot.ledger.grants.get(uid)
     if grant is None:
         return True
     if grant.settled is None:
         return False
     ours = grant.launched is not None and grant.launched.workload.uid == workload.meta.uid
-    return uid not in snapshot.jobs or not ours or workload.outcome is None
+    return not (kept and ours)
 
 
 def _launch(
@@ -265,9 +287,15 @@ def _launch(
 
 
 def _job_statuses(snapshot: Snapshot, decision: Decision) -> Iterator[SetStatus]:
-    for uid, job in snapshot.jobs.items():
+    """Statuses of jobs, those that have budget first: there may be thousands that wait."""
+    ledger = snapshot.ledger
+    for uid, job in sorted(snapshot.jobs.items(), key=lambda item: not ledger.knows(item[0])):
         waiting = decision.allocation.waiting.get(uid)
-        if uid not in snapshot.ledger.grants and waiting is None:
+        if waiting is None and not snapshot.ledger.knows(uid):
+            continue
+        closed = snapshot.ledger.closed.get(uid)
+        if closed is not None and job.status.get("settlementEntry") == closed.entry:
+            # It says more than the ledger still does.
             continue
         status = job_status(
             job, snapshot, waiting=waiting, suspended=bool(job.spec and job.spec.suspend)
@@ -276,7 +304,10 @@ def _job_statuses(snapshot: Snapshot, decision: Decision) -> Iterator[SetStatus]
 
 
 def _block_statuses(
-    snapshot: Snapshot, decision: Decision, judged: Mapping[tuple[str, str], Standing]
+    snapshot: Snapshot,
+    decision: Decision,
+    judged: Mapping[tuple[str, str], Standing],
+    settings: Settings,
 ) -> Iterator[SetStatus]:
     asking = _asking(snapshot, decision)
     for standing in judged.values():
@@ -288,6 +319,7 @@ def _block_statuses(
             waiting=asking.get(name, 0),
             unlocked=unlocked.amounts if unlocked else None,
             next_unlock=unlocked.complete_at if unlocked else None,
+            anchored=settings.anchored,
         )
         yield from _changed(privateblock.PLURAL, privateblock.KIND, standing.block, status)
 
@@ -306,19 +338,9 @@ def _asking(snapshot: Snapshot, decision: Decision) -> dict[str, int]:
 def _changed(
     plural: str, kind: str, view: JobView | BlockView, status: StatusModel
 ) -> Iterator[SetStatus]:
-    """The write of a status that differs from the stored one; none where it does not."""
-    old: Mapping[str, Any] = view.status
-    new = status.to_object()
-    patch: dict[str, Any] = {key: value for key, value in new.items() if old.get(key) != value}
-    patch |= {key: None for key in old if key not in new}
-    if not patch:
-        return
-    event = None
-    if new.get("reason") and new.get("reason") != old.get("reason"):
-        bad = new.get("state") in ("Rejected", "Failed", "Refused")
-        event = ("Warning" if bad else "Normal", new["reason"], new.get("message", ""))
-    meta = view.meta
-    yield SetStatus(plural, kind, meta.namespace, meta.name, meta.uid, patch, event)
+    write = status_write(plural, kind, view, status.to_object())
+    if write is not None:
+        yield write
 
 
 def _expired(snapshot: Snapshot) -> Iterator[DeleteJob]:
@@ -326,13 +348,13 @@ def _expired(snapshot: Snapshot) -> Iterator[DeleteJob]:
         ttl = job.spec.ttl_seconds_after_finished if job.spec else None
         end = _end_of(job, snapshot)
         if ttl is not None and end is not None and (snapshot.now - end).total_seconds() > ttl:
-            yield DeleteJob(job.meta.namespace, job.meta.name, uid)
+            yield DeleteJob(job.meta.namespace, job.meta.name, uid, job.meta.resource_version)
 
 
 def _end_of(job: JobView, snapshot: Snapshot) -> datetime | None:
-    grant = snapshot.ledger.grants.get(job.meta.uid)
-    if grant is not None:
-        return parse_time(grant.settlement_time) if grant.settlement_time else None
+    if snapshot.ledger.knows(job.meta.uid):
+        settled = snapshot.ledger.settlement_time(job.meta.uid)
+        return parse_time(settled) if settled else None
     if timed_out(job, snapshot.now):
         assert job.spec is not None
         assert job.spec.timeout_seconds is not None

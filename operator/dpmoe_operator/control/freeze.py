@@ -46,7 +46,7 @@ def _blocks(snapshot: Snapshot, reason: str, message: str) -> Iterator[SetStatus
 def _waiting_jobs(snapshot: Snapshot, message: str) -> Iterator[SetStatus]:
     """Jobs that never had budget, as far as their own status says: the ledger cannot be asked."""
     for job in snapshot.jobs.values():
-        if job.status.get("grantEntry"):
+        if job.status.get("grantEntry") or job.status.get("settlementEntry"):
             continue
         generation, reason = job.meta.generation, str(Reason.LEDGER_FROZEN)
         wanted = [("BudgetReserved", "False", reason, message)]

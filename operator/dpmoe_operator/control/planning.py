@@ -11,7 +11,13 @@ from decimal import Decimal
 
 from dpmoe_operator.api.base import SpecError
 from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
-from dpmoe_operator.api.ledgerentry import MAX_STEPS
+from dpmoe_operator.api.ledgerentry import (
+    MAX_STEPS,
+    Charge,
+    Granted,
+    ObjectReference,
+    Record,
+)
 from dpmoe_operator.api.privateblock import Dataset, Table
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.access import Refusal, check_access, choose_blocks
@@ -19,6 +25,7 @@ from dpmoe_operator.control.accounts import Standing
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.views import JobView
 from dpmoe_operator.launch import paths
+from dpmoe_operator.ledger.entry import MAX_RECORD_BYTES, size_of
 from dpmoe_operator.privacy.calibration import CalibrationError, epsilon_for, noise_multiplier_for
 from dpmoe_operator.privacy.mechanisms import demand
 from dpmoe_trainer.contract import (
@@ -67,9 +74,18 @@ class Planned:
 
 
 def plan_job(
-    job: JobView, standings: Mapping[tuple[str, str], Standing], settings: Settings
+    job: JobView,
+    standings: Mapping[tuple[str, str], Standing],
+    settings: Settings,
+    granted: Collection[str] = (),
 ) -> Planned:
     """Plan and price a job.
+
+    Args:
+        job: the job.
+        standings: of all blocks.
+        settings: image and folders that the platform team opened.
+        granted: the accounts of its grant, if it has one.
 
     Raises:
         Refusal: the reason from the fixed list, and a message for the job's author.
@@ -77,7 +93,7 @@ def plan_job(
     if job.spec is None:
         raise Refusal(Reason.INVALID_SPEC, str(job.error))
     try:
-        chosen = choose_blocks(job.spec, standings)
+        chosen = choose_blocks(job.spec, standings, granted)
         access = check_access(job, chosen, settings)
         _check_blocks(job.spec, chosen)
         plan = _plan(job, job.spec, chosen)
@@ -86,7 +102,7 @@ def plan_job(
     except CalibrationError as error:
         raise Refusal(Reason.INVALID_SPEC, f"spec.privacy: {error}") from error
     mechanism = plan.privacy
-    return Planned(
+    planned = Planned(
         job=job,
         plan=plan,
         image=job.spec.image or settings.trainer_image,
@@ -105,6 +121,42 @@ def plan_job(
             if grant.max_epsilon is not None
         },
     )
+    _check_size(planned, settings)
+    return planned
+
+
+def reservation(planned: Planned, settings: Settings) -> Granted:
+    """The record that grants a planned job."""
+    meta, privacy = planned.job.meta, planned.plan.privacy
+    assert planned.job.spec is not None
+    return Granted(
+        job=ObjectReference(namespace=meta.namespace, name=meta.name, uid=meta.uid),
+        plan_digest=planned.plan.digest(),
+        epsilon=f"{privacy.epsilon:.9g}",
+        delta=planned.job.spec.privacy.delta,
+        noise_multiplier=repr(privacy.noise_multiplier),
+        sampling_rate=repr(privacy.sampling_rate),
+        clipping_norm=repr(privacy.clipping_norm),
+        steps=privacy.steps,
+        image=planned.image,
+        reports_prove=planned.image == settings.trainer_image,
+        charges=[
+            Charge(account=name, amounts=list(amounts)) for name, amounts in planned.demand.items()
+        ],
+    )
+
+
+def _check_size(planned: Planned, settings: Settings) -> None:
+    """A grant commits in one record of the ledger, which must fit."""
+    size = size_of(Record(granted=reservation(planned, settings)))
+    if size > MAX_RECORD_BYTES:
+        blocks = len(planned.plan.blocks)
+        raise Refusal(
+            Reason.INVALID_SPEC,
+            f"spec.blocks: {blocks} blocks: make a ledger record of {size} bytes, must make at most"
+            f" {MAX_RECORD_BYTES}; ask for at most about {blocks * MAX_RECORD_BYTES // size} such"
+            " blocks, or have them declared with shorter names or fewer orders",
+        )
 
 
 class Planner:
@@ -117,16 +169,21 @@ class Planner:
         self._settings = settings
         self._known: dict[str, tuple[object, Planned | Refusal]] = {}
 
-    def plan(self, job: JobView, standings: Mapping[tuple[str, str], Standing]) -> Planned:
+    def plan(
+        self,
+        job: JobView,
+        standings: Mapping[tuple[str, str], Standing],
+        granted: Collection[str] = (),
+    ) -> Planned:
         """As `plan_job`.
 
         Raises:
             Refusal: as `plan_job`.
         """
-        key = (job.meta.generation, self._fingerprint(job, standings))
+        key = (job.meta.generation, tuple(granted), self._fingerprint(job, standings))
         known = self._known.get(job.meta.uid)
         if known is None or known[0] != key:
-            known = (key, self._fresh(job, standings))
+            known = (key, self._fresh(job, standings, granted))
             self._known[job.meta.uid] = known
         if isinstance(known[1], Refusal):
             raise known[1]
@@ -137,10 +194,13 @@ class Planner:
         self._known = {uid: known for uid, known in self._known.items() if uid in uids}
 
     def _fresh(
-        self, job: JobView, standings: Mapping[tuple[str, str], Standing]
+        self,
+        job: JobView,
+        standings: Mapping[tuple[str, str], Standing],
+        granted: Collection[str],
     ) -> Planned | Refusal:
         try:
-            return plan_job(job, standings, self._settings)
+            return plan_job(job, standings, self._settings, granted)
         except Refusal as refusal:
             return refusal
 
@@ -158,7 +218,11 @@ class Planner:
             keys = [key for key in standings if key[0] == wanted.namespace]
         seen = (standings[key] for key in keys if key in standings)
         return frozenset(
-            (s.block.meta.uid, s.block.meta.generation, (s.refusal, *s.block.meta.labels.items()))
+            (
+                s.block.meta.uid,
+                s.block.meta.generation,
+                (s.refusal, s.retired, *s.block.meta.labels.items()),
+            )
             for s in seen
         )
 

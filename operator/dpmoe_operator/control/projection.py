@@ -1,7 +1,8 @@
 """What people read: the status of blocks and jobs, projected from the ledger and the cluster.
 
-Status is never read back to decide about budget. The only fields that outlive their source are a
-finished job's scores, which are kept from the old status once its pods are gone.
+Status is never read back to give budget; it is read where it can only withhold it. So some fields
+outlive their source: what a job showed of its progress, its entries in the ledger, what a refused
+block had spent, and a finished job's scores, once its pods are gone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,11 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from dpmoe_operator.api.dpmoejob import DPMoEJobStatus, EvaluationStatus
-from dpmoe_operator.api.ledgerentry import Charge
+from dpmoe_operator.api.ledgerentry import Charge, GrantClosed
 from dpmoe_operator.api.privateblock import OrderStatus, PrivateBlockStatus, Spender
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.accounts import Standing
-from dpmoe_operator.control.settlement import Unanswered, answer
+from dpmoe_operator.control.settlement import Unanswered, answer, steps_shown
 from dpmoe_operator.control.views import JobView, Snapshot, WorkloadView, format_time
 from dpmoe_operator.ledger.account import Account, Grant, minus
 from dpmoe_operator.privacy.calibration import epsilon_for
@@ -25,14 +26,34 @@ from dpmoe_trainer.contract import TrainingReport
 
 State = Literal["Pending", "Rejected", "Reserved", "Running", "Completed", "Failed", "Suspended"]
 
+BlockState = Literal["Ready", "Exhausted", "Retired", "Refused"]
+
 REJECTED = (
+    Reason.GRANT_MISSING,
     Reason.BLOCK_NOT_FOUND,
     Reason.BLOCK_NOT_SHARED,
+    Reason.BLOCK_RETIRED,
     Reason.INVALID_SPEC,
     Reason.DEMAND_EXCEEDS_CAPACITY,
     Reason.BLOCK_EXHAUSTED,
 )
 """Reasons that time alone does not mend: somebody must act."""
+
+LEDGER_VERIFIED = "LedgerVerified"
+"""Condition of a block: whether what the ledger says of it may be relied on."""
+
+LEDGER_ANCHORED = (
+    LEDGER_VERIFIED,
+    "True",
+    "Anchored",
+    "the ledger holds, and agrees with its anchor",
+)
+LEDGER_NOT_ANCHORED = (
+    LEDGER_VERIFIED,
+    "Unknown",
+    "NoAnchor",
+    "the ledger holds; without an anchor nothing shows whether it was taken back as a whole",
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +110,7 @@ def block_status(
     waiting: int,
     unlocked: Sequence[int] | None,
     next_unlock: datetime | None,
+    anchored: bool,
 ) -> PrivateBlockStatus:
     """The status of a block.
 
@@ -98,47 +120,66 @@ def block_status(
         waiting: jobs that ask for it and have no budget yet.
         unlocked: what unlocking released so far at each order; None where no account is open.
         next_unlock: when time-unlocking completes.
+        anchored: whether the ledger is checked against an anchor.
     """
-    generation = standing.block.meta.generation
+    verified = LEDGER_ANCHORED if anchored else LEDGER_NOT_ANCHORED
+    old, generation = standing.block.status, standing.block.meta.generation
     account = snapshot.ledger.accounts.get(standing.account_name or "")
-    if standing.refusal is not None or account is None or unlocked is None:
-        reason, message = standing.refusal or ("AccountPending", "the account is being opened")
-        state: Literal["Refused"] | None = "Refused" if standing.refusal else None
-        return PrivateBlockStatus(
-            state=state,
-            reason=reason,
-            message=message[:2048],
-            account=standing.account_name,
-            observed_generation=generation,
-            conditions=_conditions(
-                standing.block.status,
-                [("Ready", "False" if state else "Unknown", reason, message)],
-                generation,
-                snapshot.now,
-            ),
-        )
+    if standing.retired is not None:
+        unlocked = account.zero if account else None
+    elif standing.refusal is not None:
+        unlocked = None
+    state, reason, message = _block_state(standing, account, unlocked)
+    ready = {None: "Unknown", "Ready": "True", "Exhausted": "True"}.get(state, "False")
+    numbers = _remembered(standing)
+    if account is not None and unlocked is not None:
+        numbers = _numbers(account, unlocked)
+        numbers["waiting"] = waiting
+        numbers["next_unlock"] = format_time(next_unlock) if next_unlock else None
+    return PrivateBlockStatus(
+        state=state,
+        reason=reason,
+        message=message[:2048],
+        account=standing.account_name or old.get("account"),
+        observed_generation=generation,
+        conditions=conditions_of(
+            old, [("Ready", ready, reason, message), verified], generation, snapshot.now
+        ),
+        **numbers,
+    )
+
+
+def _block_state(
+    standing: Standing, account: Account | None, unlocked: Sequence[int] | None
+) -> tuple[BlockState | None, str, str]:
+    """State, reason and message of a block."""
+    if standing.retired is not None:
+        return "Retired", "BlockRetired", standing.retired
+    if standing.refusal is not None:
+        return "Refused", *standing.refusal
+    if account is None or unlocked is None:
+        return None, "AccountPending", "the account is being opened"
     used = used_share(account)
-    exhausted = used >= 1
-    spending = account.spending
-    reason = "BudgetExhausted" if exhausted else "BudgetAvailable"
     message = (
         f"{used:.1%} of epsilon {account.opened.epsilon} at delta {account.opened.delta} is"
-        f" promised to {spending.jobs} jobs, for ever"
+        f" promised to {account.spending.jobs} jobs, for ever"
     )
-    return PrivateBlockStatus(
-        state="Exhausted" if exhausted else "Ready",
-        reason=reason,
-        message=message,
-        account=account.opened.account,
-        epsilon=account.opened.epsilon,
-        consumed=epsilon_text(account, spending.consumed),
-        reserved=epsilon_text(account, spending.reserved),
-        available=available_epsilon(account, unlocked),
-        used=f"{used:.0%}",
-        waiting=waiting,
-        jobs=spending.jobs,
-        next_unlock=format_time(next_unlock) if next_unlock else None,
-        orders=[
+    if used >= 1:
+        return "Exhausted", "BudgetExhausted", message
+    return "Ready", "BudgetAvailable", message
+
+
+def _numbers(account: Account, unlocked: Sequence[int]) -> dict[str, Any]:
+    """The account, as the fields of a block's status."""
+    spending = account.spending
+    return {
+        "epsilon": account.opened.epsilon,
+        "consumed": epsilon_text(account, spending.consumed),
+        "reserved": epsilon_text(account, spending.reserved),
+        "available": available_epsilon(account, unlocked),
+        "used": f"{used_share(account):.0%}",
+        "jobs": spending.jobs,
+        "orders": [
             OrderStatus(
                 order=order,
                 capacity=format_epsilon(account.capacity[i]),
@@ -148,7 +189,7 @@ def block_status(
             )
             for i, order in enumerate(account.opened.orders)
         ],
-        spenders=[
+        "spenders": [
             Spender(
                 namespace=namespace,
                 epsilon=epsilon_text(account, spent.total),
@@ -156,17 +197,27 @@ def block_status(
             )
             for namespace, spent in sorted(account.by_namespace.items())[:32]
         ],
-        observed_generation=generation,
-        conditions=_conditions(
-            standing.block.status, [("Ready", "True", reason, message)], generation, snapshot.now
-        ),
-    )
+    }
+
+
+def _remembered(standing: Standing) -> dict[str, Any]:
+    """What a block's status said was spent from its account, kept while the block is refused.
+
+    Were the ledger lost, this would be all that is left to tell.
+    """
+    old = standing.block.status
+    if standing.account_name not in (None, old.get("account")):
+        return {}
+    return {name: old[name] for name in ("consumed", "reserved", "jobs") if name in old}
 
 
 def job_status(
     job: JobView, snapshot: Snapshot, *, waiting: Waiting | None, suspended: bool
 ) -> DPMoEJobStatus:
     """The status of a job: granted, or waiting for the reason given."""
+    closed = snapshot.ledger.closed.get(job.meta.uid)
+    if closed is not None:
+        return _status_of_closed(job, snapshot, closed)
     grant = snapshot.ledger.grants.get(job.meta.uid)
     if grant is None:
         assert waiting is not None
@@ -199,8 +250,11 @@ def _status_without_grant(
         sampling_rate=_number(waiting.sampling_rate),
         steps=waiting.steps,
         blocks=list(waiting.blocks) or None,
+        # The only witness of a grant that the ledger lost.
+        grant_entry=job.status.get("grantEntry"),
+        settlement_entry=job.status.get("settlementEntry"),
         observed_generation=job.meta.generation,
-        conditions=_conditions(
+        conditions=conditions_of(
             job.status,
             [("BudgetReserved", "False", reason, message)],
             job.meta.generation,
@@ -212,11 +266,11 @@ def _status_without_grant(
 def _status_with_grant(job: JobView, snapshot: Snapshot, grant: Grant) -> DPMoEJobStatus:
     granted, settled = grant.granted, grant.settled
     workload = snapshot.workloads.get(job.meta.uid)
-    progress = snapshot.progress.get(job.meta.uid)
+    shown = 0 if settled else steps_shown(snapshot, job.meta.uid)
     state, reason, message = _phase(grant, workload, snapshot.launch_errors.get(job.meta.uid))
-    report = _report(grant, workload)
+    report = _report(grant, workload, shown)
     evaluation, output = _scores(job.status, report)
-    done = settled.steps if settled else progress.step if progress else 0
+    done = settled.steps if settled else min(shown, granted.steps)
     reserved_message = f"reserved in {grant.entry} at {grant.time}"
     conditions = [("BudgetReserved", "True", "Granted", reserved_message)]
     if settled is not None:
@@ -241,8 +295,34 @@ def _status_with_grant(job: JobView, snapshot: Snapshot, grant: Grant) -> DPMoEJ
         start_time=_to_seconds(grant.time),
         completion_time=_to_seconds(grant.settlement_time),
         observed_generation=job.meta.generation,
-        conditions=_conditions(job.status, conditions, job.meta.generation, snapshot.now),
+        conditions=conditions_of(job.status, conditions, job.meta.generation, snapshot.now),
     )
+
+
+def _status_of_closed(job: JobView, snapshot: Snapshot, closed: GrantClosed) -> DPMoEJobStatus:
+    """A job that was settled so long ago that the ledger keeps its outcome alone."""
+    state = _end_state(closed.outcome)
+    message = f"settled in {closed.entry}; what it cost is in the archive of the ledger"
+    success = "True" if state == "Completed" else "False"
+    return DPMoEJobStatus(
+        state=state,
+        reason=closed.outcome,
+        message=message,
+        grant_entry=job.status.get("grantEntry"),
+        settlement_entry=closed.entry,
+        completion_time=_to_seconds(closed.time),
+        observed_generation=job.meta.generation,
+        conditions=conditions_of(
+            job.status,
+            [("Succeeded", success, closed.outcome, message)],
+            job.meta.generation,
+            snapshot.now,
+        ),
+    )
+
+
+def _end_state(outcome: str) -> State:
+    return "Completed" if outcome == "Completed" else "Failed"
 
 
 def _phase(
@@ -251,8 +331,7 @@ def _phase(
     """State, reason and message of a job that has budget."""
     settled = grant.settled
     if settled is not None:
-        state: State = "Completed" if settled.outcome == "Completed" else "Failed"
-        return state, settled.outcome, settled.message
+        return _end_state(settled.outcome), settled.outcome, settled.message
     if launch_error is not None:
         return "Reserved", "LaunchFailed", f"the trainer cannot be launched: {launch_error}"
     if grant.launched is None or workload is None:
@@ -267,12 +346,13 @@ def _phase(
     return "Reserved", "PodPending", "budget is reserved; the trainer pods wait for a node"
 
 
-def _report(grant: Grant, workload: WorkloadView | None) -> TrainingReport | None:
+def _report(grant: Grant, workload: WorkloadView | None, shown: int) -> TrainingReport | None:
     """The report that answers the grant, if there is one by now."""
-    if workload is None:
+    refused = grant.settled is not None and grant.settled.outcome == "ReportRefused"
+    if workload is None or refused:
         return None
     try:
-        return answer(grant, workload)
+        return answer(grant, workload, shown)
     except Unanswered:
         return None
 
@@ -327,7 +407,7 @@ def _to_seconds(time: str | None) -> str | None:
     return None if time is None else f"{time[:19]}Z"
 
 
-def _conditions(
+def conditions_of(
     old: Mapping[str, Any],
     wanted: Sequence[tuple[str, str, str, str]],
     generation: int,

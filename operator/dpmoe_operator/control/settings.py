@@ -16,6 +16,7 @@ class Settings:
         host_paths: folders of the nodes that blocks may name as `dataset.path`; none by default,
             since the operator would mount them with its own rights.
         progress_labels: labels of the operator's own pods, which may poll the trainers' progress.
+        anchored: every entry of the ledger is copied to an anchor before it takes effect.
         pods_run_as: numeric user and group of the trainer's process.
     """
 
@@ -26,4 +27,5 @@ class Settings:
     storage_cidrs: tuple[str, ...] = ()
     host_paths: tuple[str, ...] = ()
     progress_labels: tuple[tuple[str, str], ...] = (("app.kubernetes.io/name", "dpmoe"),)
+    anchored: bool = False
     pods_run_as: int = 65532

@@ -4,7 +4,7 @@ The rule of every row: what is not proven unspent is spent. Two things prove:
 
 - the ledger, or the pods' own states, show that no container with data ever started: all returns;
 - the report of the operator's own trainer image, from the only pod that ever ran as rank 0, answers
-  the granted plan: the steps that it did not take return.
+  the granted plan and counts no fewer steps than it had shown: those that it did not take return.
 
 Everything else is charged in full, and the settlement says why.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from dpmoe_operator.api.ledgerentry import Charge, Settled
-from dpmoe_operator.control.views import PodView, WorkloadView
+from dpmoe_operator.control.views import PodView, Snapshot, WorkloadView
 from dpmoe_operator.ledger.account import Grant
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.privacy.mechanisms import demand
@@ -93,11 +93,28 @@ def verdict_of_vanished(grant: Grant) -> Verdict:
     )
 
 
-def verdict_of_ended(grant: Grant, workload: WorkloadView) -> Verdict:
-    """A launched grant whose Job ended or was stopped, so that no pod of it runs any more."""
+def verdict_of_ended(grant: Grant, workload: WorkloadView, shown: int = 0) -> Verdict:
+    """A launched grant whose Job ended or was stopped, so that no pod of it runs any more.
+
+    Args:
+        grant: the open grant.
+        workload: its Job.
+        shown: the most steps that its progress ever showed, as far as is known.
+    """
     if _never_started(workload):
         return Verdict("NeverStarted", 0, f"no container ever started ({workload.reason})")
-    return _verdict_of_report(grant, workload)
+    return _verdict_of_report(grant, workload, shown)
+
+
+def steps_shown(snapshot: Snapshot, uid: str) -> int:
+    """The most steps that a running job was ever seen to have taken.
+
+    The job's status remembers what an operator saw before it was restarted. A wrong status can only
+    get a report refused.
+    """
+    progress, job = snapshot.progress.get(uid), snapshot.jobs.get(uid)
+    remembered = job.status.get("stepsDone") if job is not None else None
+    return max(progress.step if progress else 0, remembered or 0)
 
 
 def _never_started(workload: WorkloadView) -> bool:
@@ -110,14 +127,14 @@ def _never_started(workload: WorkloadView) -> bool:
     )
 
 
-def _verdict_of_report(grant: Grant, workload: WorkloadView) -> Verdict:
+def _verdict_of_report(grant: Grant, workload: WorkloadView, shown: int) -> Verdict:
     full = grant.granted.steps
     if not grant.granted.reports_prove:
         outcome = "Completed" if workload.outcome == "Complete" else "Charged"
         why = f"reports of image {grant.granted.image} prove nothing: full charge"
         return Verdict(outcome, full, why)
     try:
-        report = answer(grant, workload)
+        report = answer(grant, workload, shown)
     except Unanswered as problem:
         return Verdict(problem.outcome, full, str(problem))
     if report.outcome is Outcome.COMPLETED:
@@ -137,8 +154,13 @@ class Unanswered(Exception):
         super().__init__(problem)
 
 
-def answer(grant: Grant, workload: WorkloadView) -> TrainingReport:
+def answer(grant: Grant, workload: WorkloadView, shown: int = 0) -> TrainingReport:
     """The report that answers the granted plan, from the only pod that ever ran as rank 0.
+
+    Args:
+        grant: the grant.
+        workload: its Job.
+        shown: as in `verdict_of_ended`.
 
     Raises:
         Unanswered: there is none, or it answers something else.
@@ -149,7 +171,7 @@ def answer(grant: Grant, workload: WorkloadView) -> TrainingReport:
     if len(pods) != 1:
         raise Unanswered("ReportMissing", f"rank 0 ran in {len(pods)} known pods, not in one")
     report = _read_report(pods[0])
-    problem = _contradiction(grant, report, pods[0])
+    problem = _contradiction(grant, report, pods[0], shown)
     if problem is not None:
         raise Unanswered("ReportRefused", problem)
     return report
@@ -172,8 +194,8 @@ def _read_report(pod: PodView) -> TrainingReport:
         raise Unanswered("ReportMissing", problem) from None
 
 
-def _contradiction(grant: Grant, report: TrainingReport, pod: PodView) -> str | None:
-    """Where the report does not answer the granted plan."""
+def _contradiction(grant: Grant, report: TrainingReport, pod: PodView, shown: int) -> str | None:
+    """Where the report does not answer the granted plan, or what was seen of it."""
     granted = grant.granted
     if report.job.uid != granted.job.uid:
         return "the report belongs to another job"
@@ -183,6 +205,8 @@ def _contradiction(grant: Grant, report: TrainingReport, pod: PodView) -> str | 
         return "the report's mechanism is not the plan's"
     if report.mechanism.steps > granted.steps:
         return f"the report counts {report.mechanism.steps} steps of {granted.steps}"
+    if report.mechanism.steps < shown:
+        return f"the report counts {report.mechanism.steps} steps, its progress showed {shown}"
     if report.outcome is Outcome.COMPLETED and report.mechanism.steps != granted.steps:
         return f"the report claims completion after {report.mechanism.steps} of {granted.steps}"
     if (report.outcome is Outcome.COMPLETED) != (pod.exit_code == 0):

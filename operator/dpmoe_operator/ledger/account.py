@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import add, sub
 
 from dpmoe_operator.api.ledgerentry import AccountOpened, AccountRetired, Granted, Launched, Settled
 
@@ -10,12 +11,14 @@ Amounts = tuple[int, ...]
 
 def plus(a: Sequence[int], b: Sequence[int]) -> Amounts:
     """Order by order, a + b."""
-    return tuple(x + y for x, y in zip(a, b, strict=True))
+    assert len(a) == len(b)
+    return tuple(map(add, a, b))
 
 
 def minus(a: Sequence[int], b: Sequence[int]) -> Amounts:
     """Order by order, a − b."""
-    return tuple(x - y for x, y in zip(a, b, strict=True))
+    assert len(a) == len(b)
+    return tuple(map(sub, a, b))
 
 
 @dataclass(frozen=True)

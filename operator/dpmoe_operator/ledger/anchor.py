@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +134,12 @@ class Anchor:
             return _first_of(segments[0]) if segments else None
 
     def _append(self, manifests: Sequence[Mapping[str, Any]], head: Head) -> None:
+        self._check_known([m["spec"] for m in manifests if m["spec"]["sequence"] <= head.sequence])
         segment = self._segments()[-1]
         lines: list[bytes] = []
         for manifest in manifests:
             spec = manifest["spec"]
-            if spec["sequence"] < head.sequence:
-                continue
-            if spec["sequence"] == head.sequence:
-                if spec["digest"] != head.digest:
-                    raise _forked(head)
+            if spec["sequence"] <= head.sequence:
                 continue
             if spec["sequence"] != head.sequence + 1:
                 raise AnchorError(
@@ -158,6 +155,20 @@ class Anchor:
             lines.append(_line(manifest))
             head = Head(spec["sequence"], spec["digest"])
         _write(segment, b"".join(lines))
+
+    def _check_known(self, specs: Sequence[Mapping[str, Any]]) -> None:
+        """Entries that were copied before must be these.
+
+        The log alone does not show it: where an entry was archived and removed, its number is free
+        again, and a writer that stood still since then could put another entry there.
+        """
+        if not specs:
+            return
+        copies = islice(self.entries(specs[0]["sequence"]), len(specs))
+        here = {copy["spec"]["sequence"]: copy["spec"]["digest"] for copy in copies}
+        for spec in specs:
+            if here.get(spec["sequence"]) != spec["digest"]:
+                raise _forked(Head(spec["sequence"], spec["digest"]))
 
     def _segments(self) -> list[Path]:
         names = sorted(os.listdir(self.folder))

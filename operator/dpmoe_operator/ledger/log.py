@@ -185,13 +185,23 @@ class Ledger:
             await self._remove_before(self._checkpoints[-2])
 
     async def _check_head(self) -> None:
-        """An entry is only put behind one that is there: the log may have been taken back."""
+        """An entry is only put behind one that is there: the log may have been taken back.
+
+        It may also have been taken back to the very entry at which this writer stands, while
+        another one had gone on: that only the anchor knows.
+        """
         last = self.state.sequence - 1
-        if last < 0:
-            return
-        there = await self._store.entry(entry_name(last))
-        if there is None or there["spec"].get("digest") != self.state.head:
-            raise _rolled_back(last)
+        if last >= 0:
+            there = await self._store.entry(entry_name(last))
+            if there is None or there["spec"].get("digest") != self.state.head:
+                raise _rolled_back(last)
+        copied = await asyncio.to_thread(self.anchor.head) if self.anchor is not None else None
+        if (
+            copied is not None
+            and copied.sequence > last
+            and await self._store.entry(entry_name(last + 1)) is None
+        ):
+            raise _rolled_back(copied.sequence)
 
     async def _create(self, manifest: dict[str, Any]) -> bool:
         """Whether the log now holds `manifest` under its name, as opposed to another's entry."""

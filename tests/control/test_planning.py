@@ -25,7 +25,7 @@ from dpmoe_operator.api.ledgerentry import Record
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.access import Refusal
 from dpmoe_operator.control.accounts import standings
-from dpmoe_operator.control.planning import Planned, Planner, plan_job, reservation
+from dpmoe_operator.control.planning import Planned, Planner, plan_job
 from dpmoe_operator.control.views import JobView
 from dpmoe_operator.ledger.entry import MAX_RECORD_BYTES, size_of
 from dpmoe_operator.privacy.calibration import epsilon_for
@@ -477,7 +477,7 @@ def test_grant_that_would_not_fit_into_one_record_is_refused_with_its_remedy() -
     assert found is not None, message
     fewer = int(found[2])
     planned = plan(job(blocks={"names": named[:fewer]}, **dear), *blocks)
-    size = size_of(Record(granted=reservation(planned, SETTINGS)))
+    size = size_of(Record(granted=planned.reservation))
     assert 0.95 * MAX_RECORD_BYTES < size <= MAX_RECORD_BYTES
     assert int(found[1]) > MAX_RECORD_BYTES
 

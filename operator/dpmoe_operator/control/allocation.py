@@ -17,7 +17,7 @@ from dpmoe_operator.api.privateblock import Unlocking
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.access import Refusal
 from dpmoe_operator.control.accounts import Standing
-from dpmoe_operator.control.planning import Planned, reservation
+from dpmoe_operator.control.planning import Planned
 from dpmoe_operator.control.projection import Waiting, timed_out
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.views import JobView, Snapshot, format_time, parse_time
@@ -104,7 +104,7 @@ def allocate(
         planned = candidates[explanation.task]
         waiting[planned.job.meta.uid] = _in_words(planned, explanation, table)
     return Allocation(
-        granted=tuple(reservation(candidates[int(task)], settings) for task in outcome.granted),
+        granted=tuple(candidates[int(task)].reservation for task in outcome.granted),
         waiting=waiting,
         unlocked=unlocked,
     )

@@ -188,7 +188,7 @@ def _verdict(
             return verdict_of_unlaunched(
                 f"the plan does not hold any more: {refusals[uid].message}"
             )
-        if plans[uid].plan.digest() != grant.granted.plan_digest:
+        if plans[uid].reservation.plan_digest != grant.granted.plan_digest:
             return verdict_of_unlaunched(
                 "a block or the job changed between grant and launch; apply the job again"
             )
@@ -213,7 +213,7 @@ def _launches(snapshot: Snapshot, plans: Mapping[str, Planned]) -> Iterator[Laun
             and not workload.may_have_run
             and uid in snapshot.prepared
             and uid in plans
-            and plans[uid].plan.digest() == grant.granted.plan_digest
+            and plans[uid].reservation.plan_digest == grant.granted.plan_digest
         ):
             yield Launched(job=grant.granted.job, workload=_reference(workload.meta))
 

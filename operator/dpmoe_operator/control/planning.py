@@ -64,6 +64,7 @@ class Planned:
         image: the trainer image.
         demand: by account, what the plan costs at each of the account's orders (10⁻⁹ ε).
         caps: by account, the most that the job's namespace may spend there, where it is capped.
+        reservation: the record that grants it.
     """
 
     job: JobView
@@ -71,6 +72,7 @@ class Planned:
     image: str
     demand: Mapping[str, tuple[int, ...]]
     caps: Mapping[str, str]
+    reservation: Granted
 
 
 def plan_job(
@@ -101,56 +103,64 @@ def plan_job(
         raise Refusal(Reason.INVALID_SPEC, str(error)) from error
     except CalibrationError as error:
         raise Refusal(Reason.INVALID_SPEC, f"spec.privacy: {error}") from error
-    mechanism = plan.privacy
-    planned = Planned(
+    amounts = _demand(plan, chosen)
+    image = job.spec.image or settings.trainer_image
+    reservation = _reservation(job, plan, amounts, image, settings)
+    _check_size(reservation)
+    return Planned(
         job=job,
         plan=plan,
-        image=job.spec.image or settings.trainer_image,
-        demand={
-            block.account: demand(
-                mechanism.noise_multiplier,
-                mechanism.sampling_rate,
-                mechanism.steps,
-                standing.orders,
-            )
-            for block, standing in zip(plan.blocks, chosen, strict=True)
-        },
+        image=image,
+        demand=amounts,
         caps={
             block.account: grant.max_epsilon
             for block, grant in zip(plan.blocks, access, strict=True)
             if grant.max_epsilon is not None
         },
+        reservation=reservation,
     )
-    _check_size(planned, settings)
-    return planned
 
 
-def reservation(planned: Planned, settings: Settings) -> Granted:
-    """The record that grants a planned job."""
-    meta, privacy = planned.job.meta, planned.plan.privacy
-    assert planned.job.spec is not None
+def _demand(plan: TrainingPlan, chosen: Sequence[Standing]) -> dict[str, tuple[int, ...]]:
+    privacy = plan.privacy
+    mechanism = privacy.noise_multiplier, privacy.sampling_rate, privacy.steps
+    # Blocks mostly have the same orders; one curve serves them all.
+    curves = {orders: demand(*mechanism, orders) for orders in {each.orders for each in chosen}}
+    return {
+        block.account: curves[standing.orders]
+        for block, standing in zip(plan.blocks, chosen, strict=True)
+    }
+
+
+def _reservation(
+    job: JobView,
+    plan: TrainingPlan,
+    amounts: Mapping[str, tuple[int, ...]],
+    image: str,
+    settings: Settings,
+) -> Granted:
+    meta, privacy = job.meta, plan.privacy
+    assert job.spec is not None
     return Granted(
         job=ObjectReference(namespace=meta.namespace, name=meta.name, uid=meta.uid),
-        plan_digest=planned.plan.digest(),
+        plan_digest=plan.digest(),
         epsilon=f"{privacy.epsilon:.9g}",
-        delta=planned.job.spec.privacy.delta,
+        delta=job.spec.privacy.delta,
         noise_multiplier=repr(privacy.noise_multiplier),
         sampling_rate=repr(privacy.sampling_rate),
         clipping_norm=repr(privacy.clipping_norm),
         steps=privacy.steps,
-        image=planned.image,
-        reports_prove=planned.image == settings.trainer_image,
-        charges=[
-            Charge(account=name, amounts=list(amounts)) for name, amounts in planned.demand.items()
-        ],
+        image=image,
+        reports_prove=image == settings.trainer_image,
+        charges=[Charge(account=name, amounts=list(curve)) for name, curve in amounts.items()],
     )
 
 
-def _check_size(planned: Planned, settings: Settings) -> None:
+def _check_size(reservation: Granted) -> None:
     """A grant commits in one record of the ledger, which must fit."""
-    size = size_of(Record(granted=reservation(planned, settings)))
+    size = size_of(Record(granted=reservation))
     if size > MAX_RECORD_BYTES:
-        blocks = len(planned.plan.blocks)
+        blocks = len(reservation.charges)
         raise Refusal(
             Reason.INVALID_SPEC,
             f"spec.blocks: {blocks} blocks: make a ledger record of {size} bytes, must make at most"
@@ -180,7 +190,11 @@ class Planner:
         Raises:
             Refusal: as `plan_job`.
         """
-        key = (job.meta.generation, tuple(granted), self._fingerprint(job, standings))
+        seen = _asked(job, standings)
+        # A grant matters only where it decides which blocks are meant, or that one may be retired.
+        selects = job.spec is not None and job.spec.blocks.names is None
+        matters = selects or any(standing.retired is not None for standing in seen)
+        key = (job.meta.generation, tuple(granted) if matters else (), _fingerprint(seen))
         known = self._known.get(job.meta.uid)
         if known is None or known[0] != key:
             known = (key, self._fresh(job, standings, granted))
@@ -204,27 +218,29 @@ class Planner:
         except Refusal as refusal:
             return refusal
 
-    @staticmethod
-    def _fingerprint(
-        job: JobView, standings: Mapping[tuple[str, str], Standing]
-    ) -> frozenset[tuple[str, int, object]]:
-        """Versions of all blocks that the plan may depend on."""
-        if job.spec is None:
-            return frozenset()
-        wanted = job.spec.blocks
-        if wanted.names is not None:
-            keys = [(wanted.namespace, name) for name in wanted.names]
-        else:
-            keys = [key for key in standings if key[0] == wanted.namespace]
-        seen = (standings[key] for key in keys if key in standings)
-        return frozenset(
-            (
-                s.block.meta.uid,
-                s.block.meta.generation,
-                (s.refusal, s.retired, *s.block.meta.labels.items()),
-            )
-            for s in seen
+
+def _asked(job: JobView, standings: Mapping[tuple[str, str], Standing]) -> list[Standing]:
+    """All blocks that a job's plan may depend on."""
+    if job.spec is None:
+        return []
+    wanted = job.spec.blocks
+    if wanted.names is not None:
+        keys = [(wanted.namespace, name) for name in wanted.names]
+    else:
+        keys = [key for key in standings if key[0] == wanted.namespace]
+    return [standings[key] for key in keys if key in standings]
+
+
+def _fingerprint(seen: Sequence[Standing]) -> frozenset[tuple[str, int, object]]:
+    """Versions of blocks."""
+    return frozenset(
+        (
+            standing.block.meta.uid,
+            standing.block.meta.generation,
+            (standing.refusal, standing.retired, *standing.block.meta.labels.items()),
         )
+        for standing in seen
+    )
 
 
 def _check_blocks(spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> None:

@@ -3,7 +3,9 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from dpmoe_operator.kube.picture import Picture
+import pytest
+
+from dpmoe_operator.kube.picture import Picture, Rewound
 from dpmoe_operator.launch.manifests import labels, workload_name
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_trainer.contract import JobReference
@@ -138,17 +140,45 @@ def test_status_alone_wakes_no_round() -> None:
     assert picture.changed.is_set()
 
 
-def test_fresh_list_drops_what_is_not_in_it() -> None:
-    picture = Picture()
-    job = {
+def dpmoejob(version: int) -> dict[str, Any]:
+    return {
         "metadata": {
             "name": "j",
             "namespace": "team",
             "uid": "j1",
+            "resourceVersion": str(version),
             "creationTimestamp": "2026-01-01T00:00:00Z",
         },
         "spec": {},
     }
-    picture.put_job(job)
-    picture.replace_all([], [])
+
+
+def test_fresh_list_drops_what_is_not_in_it() -> None:
+    picture = Picture()
+    picture.put_job(dpmoejob(5))
+    picture.replace_all(([], "9"), ([], "9"))
     assert picture.job_uids() == set()
+
+
+def test_what_was_created_while_a_list_was_on_its_way_stays() -> None:
+    picture = Picture()
+    picture.put_job(dpmoejob(10))
+    picture.replace_all(([], "9"), ([], "9"))
+    assert picture.job_uids() == {"j1"}
+
+
+def test_what_was_deleted_while_a_list_was_on_its_way_does_not_come_back() -> None:
+    picture = Picture()
+    picture.put_job(dpmoejob(5))
+    picture.drop_job("j1")
+    picture.replace_all(([], "9"), ([dpmoejob(5)], "9"))
+    assert picture.job_uids() == set()
+
+
+def test_lists_from_before_end_the_process() -> None:
+    """After a restored backup the versions of old objects look new, and the other way round."""
+    picture = Picture()
+    picture.replace_all(([], "100"), ([], "101"))
+    picture.replace_all(([], "100"), ([], "101"))
+    with pytest.raises(Rewound, match="from 100 to 40"):
+        picture.replace_all(([], "40"), ([], "40"))

@@ -190,8 +190,7 @@ class Record(ApiModel):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        changes = [getattr(self, name) for name in type(self).model_fields]
-        if sum(change is not None for change in changes) != 1:
+        if sum(change is not None for _, change in self) != 1:
             raise SpecError("spec.records", "a record", "must set exactly one of its fields")
         return self
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from dpmoe_operator.cli import crds, demo, ledger, operator
+from dpmoe_operator.cli import crds, demo, ledger, operator, simulate
 
 app = typer.Typer(
     name="dpmoe",
@@ -14,6 +14,7 @@ app = typer.Typer(
 app.command("operator")(operator.operator)
 app.command("crds")(crds.crds)
 app.command("demo")(demo.demo)
+app.command("simulate")(simulate.simulate)
 app.add_typer(ledger.app, name="ledger")
 
 if __name__ == "__main__":

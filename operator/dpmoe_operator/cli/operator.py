@@ -32,6 +32,37 @@ def operator(
             envvar="DPMOE_ROUND_SECONDS", min=0.1, max=3600, help="Longest time between rounds."
         ),
     ] = 5.0,
+    anchor: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DPMOE_ANCHOR",
+            help="Folder on a volume of its own to which every entry of the ledger is copied.",
+        ),
+    ] = None,
+    no_anchor: Annotated[
+        bool,
+        typer.Option(
+            "--no-anchor",
+            envvar="DPMOE_NO_ANCHOR",
+            help="Run without an anchor: a ledger that is restored from a backup goes unnoticed.",
+        ),
+    ] = False,
+    lease_seconds: Annotated[
+        int,
+        typer.Option(
+            envvar="DPMOE_LEASE_SECONDS",
+            min=1,
+            max=3600,
+            help="How long an operator may be silent until another takes over.",
+        ),
+    ] = 10,
+    pod_uid: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DPMOE_POD_UID",
+            help="metadata.uid of the operator's own pod: its next container takes over at once.",
+        ),
+    ] = None,
     gpu_resource: Annotated[
         str, typer.Option(envvar="DPMOE_GPU_RESOURCE", help="Extended resource name of a GPU.")
     ] = "nvidia.com/gpu",
@@ -72,6 +103,10 @@ def operator(
         from dpmoe_operator.kube.operator import OperatorOptions, run_operator
 
         configure_logging(verbose=verbose)
+        if (anchor is None) != no_anchor:
+            raise ValueError(
+                f"--anchor: {anchor}: name a folder for the copy of the ledger, or say --no-anchor"
+            )
         settings = Settings(
             namespace=namespace,
             trainer_image=trainer_image,
@@ -79,6 +114,17 @@ def operator(
             gpu_resource=gpu_resource,
             storage_cidrs=tuple(storage_cidr or ()),
             host_paths=tuple(host_path or ()),
+            anchored=anchor is not None,
         )
         access = load_access(kubeconfig)
-        run_operator(OperatorOptions(settings, access, round_seconds, liveness))
+        run_operator(
+            OperatorOptions(
+                settings,
+                access,
+                round_seconds,
+                liveness,
+                anchor=anchor,
+                lease_seconds=lease_seconds,
+                pod_uid=pod_uid,
+            )
+        )

@@ -101,7 +101,9 @@ def status_write(
     if not patch:
         return None
     event = None
-    if new.get("reason") and new.get("reason") != old.get("reason"):
+    # Thousands may wait, and their reasons change with every grant: their statuses say it.
+    waits = new.get("state") in (None, "Pending") and old.get("state") in (None, "Pending")
+    if new.get("reason") and new.get("reason") != old.get("reason") and not waits:
         bad = new.get("state") in ("Rejected", "Failed", "Refused", "Frozen")
         event = ("Warning" if bad else "Normal", new["reason"], new.get("message", ""))
     meta = view.meta

@@ -70,14 +70,17 @@ class BlockView:
     status: Json
 
     @classmethod
-    def of(cls, manifest: Json) -> "BlockView":
-        """View a stored PrivateBlock."""
+    def of(cls, manifest: Json, known: "BlockView | None" = None) -> "BlockView":
+        """View a stored PrivateBlock; `known` is an earlier view of it, whose spec may still hold."""
+        meta, status = Meta.of(manifest), manifest.get("status") or {}
+        if known is not None and meta.generation and known.meta.generation == meta.generation:
+            return cls(meta, known.spec, known.error, status)
         spec, error = None, None
         try:
             spec = parse(PrivateBlockSpec, manifest.get("spec") or {})
         except SpecError as problem:
             error = problem
-        return cls(Meta.of(manifest), spec, error, manifest.get("status") or {})
+        return cls(meta, spec, error, status)
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,17 @@ class JobView:
     status: Json
 
     @classmethod
-    def of(cls, manifest: Json) -> "JobView":
-        """View a stored DPMoEJob."""
+    def of(cls, manifest: Json, known: "JobView | None" = None) -> "JobView":
+        """View a stored DPMoEJob; `known` is an earlier view of it, whose spec may still hold."""
+        meta, status = Meta.of(manifest), manifest.get("status") or {}
+        if known is not None and meta.generation and known.meta.generation == meta.generation:
+            return cls(meta, known.spec, known.error, status)
         spec, error = None, None
         try:
             spec = parse(DPMoEJobSpec, manifest.get("spec") or {})
         except SpecError as problem:
             error = problem
-        return cls(Meta.of(manifest), spec, error, manifest.get("status") or {})
+        return cls(meta, spec, error, status)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -40,30 +41,57 @@ from dpmoe_operator.launch.manifests import (
 logger = logging.getLogger(__name__)
 
 PARALLEL_WRITES = 16
+PATIENCE_SECONDS = 1.5
+"""How long a group of actions may keep a round from starting that something new asks for."""
 
 _CUSTOM = {resource.plural: resource for resource in (PRIVATE_BLOCKS, DPMOE_JOBS)}
 
 
 class Applier:
-    """Writes to the API server. An action that fails is decided again by the next round."""
+    """Writes to the API server. An action that fails is decided again by the next round.
 
-    def __init__(self, client: KubeClient, picture: Picture, *, identity: str) -> None:
+    Whoever is stopped in the midst of it may send the rest much later, when another leads: each
+    action is such that it does no harm then.
+    """
+
+    def __init__(
+        self, client: KubeClient, picture: Picture, *, identity: str, leads: Callable[[], bool]
+    ) -> None:
         self._client, self._picture, self._identity = client, picture, identity
+        self._leads = leads
 
-    async def apply(self, actions: Iterable[Action]) -> None:
-        """Apply actions, workloads before statuses, each group in parallel."""
+    async def apply(self, actions: Iterable[Action]) -> bool:
+        """Apply actions in their order, workloads before statuses, each group in parallel.
+
+        Many of them take long. Once something new happens, what is left is left to the next round,
+        which sees it and decides the rest again.
+
+        Returns:
+            Whether all were tried.
+        """
         todo = list(actions)
-        await self._all(a for a in todo if not isinstance(a, SetStatus))
-        await self._all(a for a in todo if isinstance(a, SetStatus))
+        workloads = await self._all([a for a in todo if not isinstance(a, SetStatus)])
+        statuses = await self._all([a for a in todo if isinstance(a, SetStatus)])
+        return workloads and statuses
 
-    async def _all(self, actions: Iterable[Action]) -> None:
-        limit = asyncio.Semaphore(PARALLEL_WRITES)
+    async def _all(self, actions: Sequence[Action]) -> bool:
+        started, left = time.monotonic(), iter(actions)
 
-        async def one(action: Action) -> None:
-            async with limit:
+        def enough() -> bool:
+            late = time.monotonic() - started > PATIENCE_SECONDS
+            return late and self._picture.changed.is_set()
+
+        async def work() -> None:
+            while self._leads() and not enough() and (action := next(left, None)) is not None:
                 await self._one(action)
 
-        await asyncio.gather(*(one(action) for action in actions))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(PARALLEL_WRITES, len(actions))):
+                    group.create_task(work())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return next(left, None) is None
 
     async def _one(self, action: Action) -> None:
         try:
@@ -79,7 +107,11 @@ class Applier:
                 )
             elif isinstance(action, DeleteJob):
                 await self._client.delete(
-                    DPMOE_JOBS, action.namespace, action.name, precondition_uid=action.uid
+                    DPMOE_JOBS,
+                    action.namespace,
+                    action.name,
+                    precondition_uid=action.uid,
+                    precondition_resource_version=action.resource_version,
                 )
             else:
                 await self._set_status(action)
@@ -154,7 +186,10 @@ class Applier:
             resource,
             action.namespace,
             action.name,
-            {"metadata": {"uid": action.uid}, "status": dict(action.patch)},
+            {
+                "metadata": {"uid": action.uid, "resourceVersion": action.resource_version},
+                "status": dict(action.patch),
+            },
             subresource="status",
         )
         put: Callable[[dict[str, Any]], None] = (

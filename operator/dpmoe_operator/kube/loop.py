@@ -7,11 +7,12 @@ committed is in the ledger, and the next round decides the rest anew.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
 from dpmoe_operator.api.ledgerentry import Record
 from dpmoe_operator.control.decide import decide, react
+from dpmoe_operator.control.freeze import frozen
 from dpmoe_operator.control.planning import Planner
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.kube.apply import Applier
@@ -23,13 +24,13 @@ from dpmoe_operator.kube.resources import PODS
 from dpmoe_operator.kube.workloads import WorkloadWatch
 from dpmoe_operator.launch.manifests import JOB_UID
 from dpmoe_operator.ledger.account import Grant
-from dpmoe_operator.ledger.entry import LedgerError, in_entries
-from dpmoe_operator.ledger.log import Ledger, NoAnswer, StaleView
+from dpmoe_operator.ledger.entry import Unverified, in_entries
+from dpmoe_operator.ledger.log import Ledger, NoAnswer, StaleView, format_time
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 2.0
-FROZEN_SECONDS = 30.0
+FROZEN_SECONDS = 5.0
 
 
 class RoundLoop:
@@ -46,6 +47,7 @@ class RoundLoop:
         picture: Picture,
         ledger: Ledger,
         leadership: Leadership,
+        resync: Callable[[], Awaitable[None]],
         watch: WorkloadWatch,
         settings: Settings,
         identity: str,
@@ -53,8 +55,9 @@ class RoundLoop:
     ) -> None:
         self.last_round = time.monotonic()
         self._client, self._picture, self._ledger = client, picture, ledger
-        self._leadership, self._watch, self._settings = leadership, watch, settings
-        self._applier = Applier(client, picture, identity=identity)
+        self._leadership, self._settings = leadership, settings
+        self._resync, self._watch = resync, watch
+        self._applier = Applier(client, picture, identity=identity, leads=lambda: leadership.held)
         self._planner = Planner(settings)
         self._round_seconds = round_seconds
 
@@ -68,14 +71,16 @@ class RoundLoop:
             try:
                 if not fresh:
                     await self._ledger.load()
+                    await self._look_again()
                     fresh = True
                 again = await self.round()
             except StaleView as view:
                 logger.warning("%s; deciding again", view)
-                again = True
-            except LedgerError as error:
-                logger.critical("the ledger does not hold, granting is frozen: %s", error)
-                fresh, again = False, False
+                fresh, again = False, True
+            except Unverified as error:
+                logger.critical("granting is frozen: %s: %s", error.reason, error)
+                fresh, again = False, True
+                await self._say_frozen(error)
                 self.last_round = time.monotonic()  # A restart would not mend the ledger.
                 await asyncio.sleep(FROZEN_SECONDS)
             except (ApiError, NoAnswer, TimeoutError) as error:
@@ -97,27 +102,61 @@ class RoundLoop:
         now = datetime.now(UTC)
         snapshot = self._picture.snapshot(self._ledger.state, now, unserved)
         decision = await asyncio.to_thread(decide, snapshot, self._settings, self._planner)
+        if not self._leadership.held:
+            return True
         for records in in_entries(decision.records):
-            entry = await self._ledger.append(records, time=_precise(now))
+            entry = await self._ledger.append(records, time=format_time(now))
             logger.info("%s: %s", entry, _summary(records))
+        await self._ledger.secure()
         if any(record.account_opened for record in decision.records):
             # Jobs could not ask for these accounts yet; what people read can wait for that.
             return True
         actions = await asyncio.to_thread(react, snapshot, decision, self._settings)
-        await self._applier.apply(actions)
+        if actions and not decision.records:
+            # A Job whose grant this view does not have yet looks like one without a grant.
+            await self._ledger.confirm()
+        complete = await self._applier.apply(actions)
         self._forget()
+        await self._ledger.tidy(now, self._picture.job_uids())
         self.last_round = time.monotonic()
-        return bool(decision.records)
+        return bool(decision.records) or not complete
+
+    async def _look_again(self) -> None:
+        """See the cluster at least as late as the ledger.
+
+        Another operator may have written about objects that no watch has brought here yet, and
+        what is not seen looks deleted: its grant would be settled, its pods stopped.
+        """
+        await self._resync()
+        await self._watch.restart()
 
     async def _wait_for_leadership(self) -> None:
+        self.last_round = time.monotonic()
+        await self._plan_ahead()
         while not self._leadership.held:
             self.last_round = time.monotonic()
-            await _within(self._leadership.acquired.wait(), self._round_seconds)
+            await _within(self._leadership.wait(), self._round_seconds)
+
+    async def _plan_ahead(self) -> None:
+        """Decide without effect: plans take long to calibrate, and are remembered."""
+        try:
+            await self._ledger.load()
+            snapshot = self._picture.snapshot(self._ledger.state, datetime.now(UTC))
+            await asyncio.to_thread(decide, snapshot, self._settings, self._planner)
+        except (ApiError, NoAnswer, TimeoutError, Unverified) as error:
+            logger.info("not planned ahead: %s", error)
 
     async def _wait(self) -> None:
         if await _within(self._picture.changed.wait(), self._round_seconds):
             # Objects that are applied together arrive together: let a burst become one round.
             await asyncio.sleep(0.05)
+
+    async def _say_frozen(self, error: Unverified) -> None:
+        snapshot = self._picture.snapshot(self._ledger.state, datetime.now(UTC))
+        try:
+            await self._applier.apply(frozen(snapshot, error.reason, str(error)))
+        except ApiError as problem:
+            logger.warning("could not say so in the statuses: %s", problem)
 
     async def _confirm_pods(self) -> None:
         """Read the pods of workloads that ended: their last word must not be missed."""
@@ -155,10 +194,6 @@ async def _within(event: Awaitable[object], seconds: float) -> bool:
 
 def _over(grant: Grant | None) -> bool:
     return grant is None or grant.settled is not None
-
-
-def _precise(now: datetime) -> str:
-    return now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _summary(records: list[Record]) -> str:

@@ -6,13 +6,13 @@ index, no finalizer and no state on the objects: decisions belong to the loop, t
 """
 
 import asyncio
+import gc
 import logging
 import os
-import socket
 import time
-import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import kopf
@@ -21,13 +21,14 @@ from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.kube.client import KubeClient
 from dpmoe_operator.kube.config import Access
 from dpmoe_operator.kube.errors import ApiError
-from dpmoe_operator.kube.lease import Leadership
+from dpmoe_operator.kube.lease import LEASE_SECONDS, Leadership, new_identity
 from dpmoe_operator.kube.loop import RoundLoop
 from dpmoe_operator.kube.picture import Picture
 from dpmoe_operator.kube.progress import poll_progress
 from dpmoe_operator.kube.resources import DPMOE_JOBS, LEDGER_ENTRIES, PRIVATE_BLOCKS
 from dpmoe_operator.kube.store import KubeEntryStore
 from dpmoe_operator.kube.workloads import WorkloadWatch
+from dpmoe_operator.ledger.anchor import Anchor
 from dpmoe_operator.ledger.log import Ledger
 from dpmoe_operator.scheduling.policies import policy
 
@@ -53,22 +54,29 @@ class OperatorOptions:
         access: where the API server is.
         round_seconds: the longest time between two rounds.
         liveness: address of kopf's liveness endpoint, e.g. `http://0.0.0.0:8080/healthz`.
+        lease_seconds: after how long without a sign of life another operator takes over.
+        anchor: folder of the anchor; None where the platform team wants none.
+        pod_uid: of the pod that it runs in, so that it need not wait for its own former container.
     """
 
     settings: Settings
     access: Access
     round_seconds: float = 5.0
     liveness: str | None = None
+    lease_seconds: int = LEASE_SECONDS
+    anchor: Path | None = None
+    pod_uid: str | None = None
 
 
 def run_operator(options: OperatorOptions) -> None:
     """Run until SIGTERM or SIGINT.
 
     Raises:
-        ValueError: the policy is unknown.
+        ValueError: the policy is unknown, or the pod's uid is none.
         OperatorError: the API server cannot be reached, or does not serve or allow what is needed.
     """
     policy(options.settings.policy)
+    _spare_the_collector()
     asyncio.run(_check_access(options))
     registry = kopf.OperatorRegistry()
     operator = _Operator(options)
@@ -80,6 +88,16 @@ def run_operator(options: OperatorOptions) -> None:
         standalone=True,
         liveness_endpoint=options.liveness,
     )
+
+
+def _spare_the_collector() -> None:
+    """Let Python look for cycles seldom: rounds make millions of objects, and few cycles.
+
+    Measured on a large ledger: folding takes half the time, decoding a third.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
 
 
 async def _check_access(options: OperatorOptions) -> None:
@@ -113,9 +131,10 @@ class _Operator:
 
     def __init__(self, options: OperatorOptions) -> None:
         self._options = options
-        self._identity = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._identity = new_identity(options.pod_uid)
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
+        self._listing = asyncio.Lock()
         self._picture: Picture
         self._leadership: Leadership
         self._loop: RoundLoop
@@ -139,7 +158,12 @@ class _Operator:
         client = await self._stack.enter_async_context(KubeClient(options.access))
         self._picture = Picture()
         self._leadership = Leadership(
-            client, namespace=settings.namespace, name=LEASE_NAME, identity=self._identity
+            client,
+            namespace=settings.namespace,
+            name=LEASE_NAME,
+            identity=self._identity,
+            seconds=options.lease_seconds,
+            pod_uid=options.pod_uid,
         )
         watch = WorkloadWatch(client, self._picture)
         self._stack.push_async_callback(watch.close)
@@ -150,8 +174,10 @@ class _Operator:
                 KubeEntryStore(client, settings.namespace),
                 namespace=settings.namespace,
                 writer=self._identity,
+                anchor=Anchor(options.anchor) if options.anchor is not None else None,
             ),
             leadership=self._leadership,
+            resync=lambda: self._resync(client),
             watch=watch,
             settings=settings,
             identity=self._identity,
@@ -175,21 +201,22 @@ class _Operator:
         await self._leadership.release()
         await self._stack.aclose()
 
-    def _probe(self, **_: Any) -> float:
+    async def _probe(self, **_: Any) -> float:
         """Seconds since the last good round. Raises when rounds have stalled."""
         age = time.monotonic() - self._loop.last_round
         if age > STALLED_SECONDS:
             raise RuntimeError(f"no round for {age:.0f} s")
         return age
 
-    def _on_block(self, event: Any, body: Any, **_: Any) -> None:
+    # Asynchronous, so that kopf calls them in the event loop: the picture is of one thread.
+    async def _on_block(self, event: Any, body: Any, **_: Any) -> None:
         manifest = dict(event["object"])
         if event["type"] == "DELETED":
             self._picture.drop_block(manifest["metadata"]["uid"])
         else:
             self._picture.put_block(manifest)
 
-    def _on_job(self, event: Any, body: Any, **_: Any) -> None:
+    async def _on_job(self, event: Any, body: Any, **_: Any) -> None:
         manifest = dict(event["object"])
         if event["type"] == "DELETED":
             self._picture.drop_job(manifest["metadata"]["uid"])
@@ -197,9 +224,9 @@ class _Operator:
             self._picture.put_job(manifest)
 
     async def _resync(self, client: KubeClient) -> None:
-        blocks, _ = await client.list(PRIVATE_BLOCKS)
-        jobs, _ = await client.list(DPMOE_JOBS)
-        self._picture.replace_all(blocks, jobs)
+        async with self._listing:
+            blocks, jobs = await client.list(PRIVATE_BLOCKS), await client.list(DPMOE_JOBS)
+            self._picture.replace_all(blocks, jobs)
 
     async def _resync_for_ever(self, client: KubeClient) -> None:
         while True:

@@ -18,6 +18,8 @@ from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_trainer.contract import JobReference, Progress
 
 Object = dict[str, Any]
+Listed = tuple[list[Object], str]
+"""Objects, and the resource version of the state of the storage that they are from."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class _SeenPod:
     view: PodView
     version: int
     owner: str | None
+
+
+class Rewound(RuntimeError):
+    """The cluster went back in time. Only a new process, which lists everything, sees it right."""
 
 
 class Picture:
@@ -43,40 +49,57 @@ class Picture:
         self.progress: dict[str, Progress] = {}
         self._blocks: dict[str, BlockView] = {}
         self._jobs: dict[str, JobView] = {}
+        self._gone: set[str] = set()
         self._workloads: dict[str, Object] = {}
         self._pods: dict[str, dict[str, _SeenPod]] = {}
         self._pod_objects: dict[str, Object] = {}
         self._confirmed: set[str] = set()
+        self._listed = 0
 
     def put_block(self, manifest: Object) -> None:
         """A PrivateBlock was seen."""
-        self._put(self._blocks, BlockView.of(manifest))
+        self._put(self._blocks, BlockView.of(manifest, self._blocks.get(_uid(manifest))))
 
     def put_job(self, manifest: Object) -> None:
         """A DPMoEJob was seen."""
-        self._put(self._jobs, JobView.of(manifest))
+        self._put(self._jobs, JobView.of(manifest, self._jobs.get(_uid(manifest))))
 
     def drop_block(self, uid: str) -> None:
         """A PrivateBlock was deleted."""
+        self._gone.add(uid)
         if self._blocks.pop(uid, None) is not None:
             self.changed.set()
 
     def drop_job(self, uid: str) -> None:
         """A DPMoEJob was deleted."""
+        self._gone.add(uid)
         if self._jobs.pop(uid, None) is not None:
             self.changed.set()
 
-    def replace_all(self, blocks: Iterable[Object], jobs: Iterable[Object]) -> None:
-        """Take over two fresh lists: what is not in them is gone."""
-        block_list, job_list = list(blocks), list(jobs)
-        for uid in self._blocks.keys() - {block["metadata"]["uid"] for block in block_list}:
+    def replace_all(self, blocks: Listed, jobs: Listed) -> None:
+        """Take over two fresh lists, one call after the other: what is not in them is gone.
+
+        Not so what was created after the list; nor is what was deleted after it there again.
+
+        Raises:
+            Rewound: the lists are older than what was seen before.
+        """
+        version = int(blocks[1] or 0)
+        if version < self._listed:
+            raise Rewound(
+                f"the API server's history went back from {self._listed} to {version}, as after a"
+                " restored backup: nothing that was seen before can be relied on"
+            )
+        self._listed = version
+        for uid in _missing(self._blocks, blocks):
             self.drop_block(uid)
-        for uid in self._jobs.keys() - {job["metadata"]["uid"] for job in job_list}:
+        for uid in _missing(self._jobs, jobs):
             self.drop_job(uid)
-        for block in block_list:
+        for block in blocks[0]:
             self.put_block(block)
-        for job in job_list:
+        for job in jobs[0]:
             self.put_job(job)
+        self._gone.clear()
 
     def on_workload(self, event: str, manifest: Object) -> None:
         """A Kubernetes Job of ours was added, modified or deleted."""
@@ -199,6 +222,8 @@ class Picture:
 
     def _put(self, views: dict[str, Any], view: BlockView | JobView) -> None:
         known = views.get(view.meta.uid)
+        if view.meta.uid in self._gone:
+            return
         if known is not None and int(known.meta.resource_version or 0) > int(
             view.meta.resource_version or 0
         ):
@@ -206,6 +231,10 @@ class Picture:
         views[view.meta.uid] = view
         if known is None or _decisive(known) != _decisive(view):
             self.changed.set()
+
+
+def _uid(manifest: Object) -> str:
+    return str(manifest["metadata"]["uid"])
 
 
 def _job_of(manifest: Object) -> str | None:
@@ -222,6 +251,17 @@ def _job_of(manifest: Object) -> str | None:
     except (KeyError, ValueError):
         return None
     return job.uid if meta["name"] == workload_name(job) else None
+
+
+def _missing(views: Mapping[str, BlockView | JobView], listed: Listed) -> list[str]:
+    """Uids of views that a list does not show, though it is no older than they are."""
+    objects, version = listed
+    present = {each["metadata"]["uid"] for each in objects}
+    return [
+        uid
+        for uid, view in views.items()
+        if uid not in present and int(view.meta.resource_version or 0) <= int(version or 0)
+    ]
 
 
 def _version(manifest: Object) -> int:

@@ -37,3 +37,10 @@ class KubeEntryStore:
             raise EntryExists(str(error)) from error
         except OutcomeUnknown as error:
             raise NoAnswer(str(error)) from error
+
+    async def remove(self, name: str) -> None:
+        """Remove an entry that is in the archive; it may be gone already."""
+        try:
+            await self._client.delete(LEDGER_ENTRIES, self._namespace, name)
+        except NotFound:
+            return

@@ -7,7 +7,7 @@ to read every pod of the cluster, and would. These watches ask the server for ou
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from dpmoe_operator.kube.client import KubeClient
 from dpmoe_operator.kube.errors import Forbidden
@@ -74,11 +74,21 @@ class WorkloadWatch:
             if task.done():
                 task.result()
 
+    async def restart(self) -> None:
+        """List everything anew, however late the watches are; `follow` waits for the lists."""
+        self._raise_failures()
+        await self.close()
+        for informers in self._informers.values():
+            for informer in informers:
+                informer.synced.clear()
+            self._run(informers)
+
     async def close(self) -> None:
         """Stop watching."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
 
     def _start(self, namespace: str) -> None:
         # Jobs first: pods are looked up by the Job that owns them.
@@ -86,6 +96,7 @@ class WorkloadWatch:
             Informer(self._client, JOBS, namespace, SELECTOR, self._picture.on_workload),
             Informer(self._client, PODS, namespace, SELECTOR, self._picture.on_pod),
         ]
-        self._tasks |= {
-            asyncio.create_task(informer.run()) for informer in self._informers[namespace]
-        }
+        self._run(self._informers[namespace])
+
+    def _run(self, informers: Iterable[Informer]) -> None:
+        self._tasks |= {asyncio.create_task(informer.run()) for informer in informers}

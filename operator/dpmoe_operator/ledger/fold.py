@@ -346,11 +346,8 @@ def _spend(
     account: Account, namespace: str, *, reserved: Amounts, consumed: Amounts, jobs: int
 ) -> Account:
     def changed(spending: Spending) -> Spending:
-        return Spending(
-            plus(spending.reserved, reserved),
-            plus(spending.consumed, consumed),
-            spending.jobs + jobs,
-        )
+        after = plus(spending.consumed, consumed) if any(consumed) else spending.consumed
+        return Spending(plus(spending.reserved, reserved), after, spending.jobs + jobs)
 
     return replace(
         account,

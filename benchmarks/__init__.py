@@ -1,0 +1,1 @@
+"""Benchmarks: what is claimed about speed and size, measured. See README.md."""

@@ -1,0 +1,117 @@
+"""The scheduling benchmark as a page: targets, then every policy on every workload."""
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.common import Row, commit, machine
+from dpmoe_operator.simulate.summary import Summary
+
+_HEAD = """# Scheduling: policies on published workloads
+
+Written by `python -m benchmarks.scheduling --trace FILE --markdown docs/results/scheduling.md`.
+"""
+
+_NOTES = """
+- *DPack, published* sums all tied best orders of a block, as the authors' artifact does, and in the
+  traces recomputes after every 50 grants; *dpack* is ours, which picks one order.
+- *bound*: no policy could grant more weight out of what was unlocked in the end, not even one that
+  knows all tasks in advance.
+- *fair*: of the tasks that ask at most a fiftieth of each of their blocks, the part that got it.
+- *decided*: seconds that the policy took, over all rounds.
+- PrivateKube's figures were measured with its own simulator on its own seed (its workload, another
+  random stream). Times are of different machines where the peer is not in the same run.
+"""
+
+
+@dataclass(frozen=True)
+class Detail:
+    """One policy on one workload."""
+
+    workload: str
+    seed: int
+    unlock: str
+    summary: Summary
+
+
+def write_markdown(
+    path: Path,
+    rows: Sequence[Row],
+    details: Sequence[Detail],
+    *,
+    packages: Sequence[str],
+    seed: int,
+    quick: bool,
+    load: float,
+) -> None:
+    """Write the page.
+
+    Args:
+        path: The file.
+        rows: Figures with targets.
+        details: Every policy on every workload, those of one workload together.
+        packages: Python packages whose versions matter.
+        seed: Of the run.
+        quick: Whether sizes were small.
+        load: The machine's load average when the run began.
+    """
+    parts = [_HEAD, *_setting(packages, seed, quick, load), "\n## Targets\n", _targets(rows)]
+    if details:
+        parts += ["\n## All policies\n", _all_policies(details)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*parts, _NOTES]))
+
+
+def _setting(packages: Sequence[str], seed: int, quick: bool, load: float) -> Iterable[str]:
+    this, code = machine(), commit()
+    memory = f"{this['memory'] / 2**30:.0f} GiB" if this["memory"] else "memory unknown"
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    yield f"- machine: {this['cpu']}, {this['cores']} cores, {memory}, {this['os']}"
+    yield f"- load average before and after: {load:.2f}, {os.getloadavg()[0]:.2f}"
+    yield f"- versions: Python {platform.python_version()}, {versions}"
+    yield f"- commit {code['commit'][:12]}{', modified' if code['modified'] else ''}; seed {seed}"
+    if quick:
+        yield "- quick: small sizes, no figures to quote"
+
+
+def _targets(rows: Sequence[Row]) -> str:
+    verdicts = {None: "", True: "yes", False: "**no**"}
+    lines = ["| measured | ours | target | met | peer | |", "|---|---:|---:|---|---:|---|"]
+    for row in rows:
+        sign = "≤" if row.better == "lower" else "≥"
+        target = "" if row.target is None else f"{sign} {_figure(row.target)}"
+        peer = ("", "") if row.peer is None else (_figure(row.peer), row.peer_name)
+        cells = [row.name, f"{_figure(row.ours)} {row.unit}", target, verdicts[row.met], *peer]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _all_policies(details: Sequence[Detail]) -> str:
+    lines = [
+        "| workload | policy | granted | weight | bound | fair | mean wait | decided s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (workload, seed, unlock), group in groupby(
+        details, lambda detail: (detail.workload, detail.seed, detail.unlock)
+    ):
+        name = f"{workload}, seed {seed}, unlock {unlock}"
+        for detail in group:
+            summary = detail.summary
+            cells = [
+                *(name, summary.policy, f"{summary.granted:,}", _figure(summary.weight)),
+                *map(_figure, (summary.upper_bound, summary.fair_granted, summary.wait_mean)),
+                f"{summary.decided:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+            name = ""
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

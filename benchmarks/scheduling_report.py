@@ -17,12 +17,14 @@ Written by `python -m benchmarks.scheduling --trace FILE --markdown docs/results
 """
 
 _NOTES = """
-- *DPack, published* sums all tied best orders of a block, as the authors' artifact does, and in the
-  traces recomputes after every 50 grants; *dpack* is ours, which picks one order.
+- *DPack's artifact* sums all tied best orders of a block, as the authors' code does, and does so
+  once a round or anew after every 50 grants; *dpack* is ours, which picks one order.
 - *bound*: no policy could grant more weight out of what was unlocked in the end, not even one that
   knows all tasks in advance.
 - *fair*: of the tasks that ask at most a fiftieth of each of their blocks, the part that got it.
 - *decided*: seconds that the policy took, over all rounds.
+- Targets were set on other random draws of the same workloads. The bound says what was possible on
+  these: where it is below a target, no policy could have met it.
 - PrivateKube's figures were measured with its own simulator on its own seed (its workload, another
   random stream). Times are of different machines where the peer is not in the same run.
 """

@@ -27,6 +27,56 @@ def random_round() -> MakeRound:
     return at_random
 
 
+@pytest.fixture(scope="session")
+def best_weight() -> Callable[[Round], float]:
+    """`best_weight(round)`: the weight of the best set that fits, by trying all sets."""
+    return heaviest
+
+
+def heaviest(round: Round) -> float:
+    """For small amounts and at most a dozen tasks."""
+    sets = (np.arange(2**round.tasks)[:, np.newaxis] >> np.arange(round.tasks)) & 1
+    feasible = np.ones(len(sets), dtype=bool)
+    for block in range(round.blocks):
+        asking = np.array([block in round.blocks_of(task) for task in range(round.tasks)], bool)
+        asked = sets[:, asking] @ round.demand[asking]
+        # A block that nobody in the set asks for need not hold: it may be overdrawn already.
+        unasked = ~sets[:, asking].any(axis=1)
+        feasible &= (asked <= round.available[block]).any(axis=1) | unasked
+    return float((sets[feasible] @ round.weight).max())
+
+
+@pytest.fixture(scope="session")
+def curves_round() -> MakeRound:
+    """`curves_round(seed, tasks, blocks, asked)`: Gaussian and Laplace curves, random blocks."""
+    return of_curves
+
+
+def of_curves(seed: int, tasks: int, blocks: int, asked: int) -> Round:
+    rng = np.random.default_rng(seed)
+    alpha = np.array([2.5, 3, 4, 5, 6, 8, 16, 32, 64])
+    capacity = 10 - np.log(1e7) / (alpha - 1)
+    noise = rng.uniform(1, 12, (tasks, 1))
+    bounded = np.minimum(alpha / (2 * noise**2), 1 / noise)
+    curve = np.where(rng.random((tasks, 1)) < 0.5, alpha / (2 * noise**2), bounded * 4)
+    counts = rng.integers(1, asked + 1, tasks)
+    rows = [np.sort(rng.choice(blocks, count, replace=False)) for count in counts]
+    total = np.tile(np.floor(capacity * 1e9).astype(np.int64), (blocks, 1))
+    return Round(
+        orders=alpha,
+        demand=np.ceil(curve * 1e9).astype(np.int64),
+        indptr=np.append(0, np.cumsum(counts)),
+        indices=np.concatenate(rows).astype(np.int64),
+        capacity=total,
+        consumed=np.zeros_like(total),
+        reserved=np.zeros_like(total),
+        unlocked=total,
+        arrival=np.arange(tasks, dtype=np.float64),
+        weight=np.ones(tasks),
+        priority=np.zeros(tasks, np.int64),
+    )
+
+
 def build(
     capacity: Sequence[Sequence[int]],
     tasks: Sequence[Mapping[str, Any]],

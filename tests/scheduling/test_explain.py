@@ -1,6 +1,7 @@
 """Explanations: exactly one reason a waiting task, the worst that holds, with true numbers."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ MakeRound = Callable[..., Round]
 def explained(
     round: Round, unlocking: list[Unlocking] | None = None, name: str = "fcfs"
 ) -> tuple[Explanation, ...]:
-    chosen = policy(name)
+    outcome = policy(name).grant(round)
     rules = unlocking or [Immediate()] * round.blocks
-    return explain(round, chosen.grant(round), chosen.order(round), rules)
+    return explain(round, outcome.granted, outcome.order, rules)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_the_ladder(
     (explanation,) = explained(round)
     assert explanation.reason is reason
     assert (explanation.asked, explanation.left) == (6, left)
-    assert (explanation.rank, explanation.of) == (None, None)
+    assert (explanation.rank, explanation.of) == (1, 1)
 
 
 def test_outranked_tasks_know_their_place(make_round: MakeRound) -> None:
@@ -62,7 +63,9 @@ def test_the_binding_block_and_the_closest_order(make_round: MakeRound) -> None:
     """On block 1 the shortfall is larger; there order 3 is closer, order 4 isn't tracked."""
     round = make_round([[-50, 8, 9], [-50, 6, ABSENT]], [{"demand": [1, 10, 10], "blocks": [0, 1]}])
     assert explained(round) == (
-        Explanation(0, Reason.DEMAND_EXCEEDS_CAPACITY, 1, 3.0, asked=10, left=6),
+        Explanation(
+            0, Reason.DEMAND_EXCEEDS_CAPACITY, 1, 3.0, asked=10, left=6, rank=1, of=1, fits_now=0.6
+        ),
     )
 
 
@@ -130,8 +133,8 @@ def test_every_waiting_task_has_one_true_reason(
     random_round: MakeRound, seed: int, tasks: int, blocks: int, orders: int, name: str
 ) -> None:
     round = random_round(seed, tasks, blocks, orders)
-    granted = policy(name).grant(round)
-    order = policy(name).order(round).tolist()
+    outcome = policy(name).grant(round)
+    granted, order = outcome.granted, outcome.order.tolist()
     explanations = explained(round, name=name)
     assert [e.task for e in explanations] == sorted(set(range(tasks)) - set(granted.tolist()))
     ladder = {
@@ -151,12 +154,57 @@ def test_every_waiting_task_has_one_true_reason(
         assert e.left == ladder[e.reason][e.block, column]
         assert e.asked > e.left
         assert round.capacity[e.block, column] != ABSENT
-        if e.reason is Reason.OUTRANKED:
-            assert e.of == tasks
-            assert e.rank is not None
-            assert order[e.rank - 1] == e.task
-        else:
-            assert e.rank is None
+        assert e.of == tasks
+        assert order[e.rank - 1] == e.task
+
+
+@pytest.mark.parametrize(
+    ("demand", "left", "expected"),
+    [
+        ([10], [5], 0.5),
+        ([3], [1], 0.333),
+        ([1000], [999], 0.999),
+        ([5000], [4999], 0.999),
+        ([2000], [1], None),
+        ([1], [0], None),
+        ([10, 10], [-1, 4], 0.4),
+        ([10, 10], [9, ABSENT], 0.9),
+        ([0, 7], [-1, -1], None),
+        ([MAX_UNITS, MAX_UNITS], [1, MAX_UNITS - 1], 0.999),
+    ],
+)
+def test_the_part_that_would_fit(
+    make_round: MakeRound, demand: list[int], left: list[int], expected: float | None
+) -> None:
+    (explanation,) = explained(make_round([left], [{"demand": demand, "blocks": [0]}]))
+    assert explanation.fits_now == expected
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    tasks=st.integers(1, 30),
+    blocks=st.integers(1, 4),
+    orders=st.integers(1, 4),
+)
+def test_the_part_that_fits_is_the_largest(
+    random_round: MakeRound, seed: int, tasks: int, blocks: int, orders: int
+) -> None:
+    """By trying thousandths: the announced part fits in what is left, one thousandth more not."""
+    round = random_round(seed, tasks, blocks, orders)
+    left = left_after(round, policy("dpf").grant(round).granted)
+
+    def part_fits(task: int, thousandths: int) -> bool:
+        asked = [Fraction(int(d) * thousandths, 1000) for d in round.demand[task]]
+        return all(
+            any(a <= room for a, room in zip(asked, left[block].tolist(), strict=True))
+            for block in round.blocks_of(task).tolist()
+        )
+
+    for e in explained(round, name="dpf"):
+        thousandths = 0 if e.fits_now is None else int(0.5 + e.fits_now * 1000)
+        assert thousandths == 0 or part_fits(e.task, thousandths)
+        assert thousandths < 1000
+        assert not part_fits(e.task, thousandths + 1)
 
 
 @given(seed=st.integers(0, 2**32), tasks=st.integers(1, 30), blocks=st.integers(1, 4))

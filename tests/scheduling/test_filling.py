@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from dpmoe_operator.privacy.units import MAX_UNITS
@@ -105,13 +106,14 @@ def test_an_empty_round_grants_nothing(make_round: MakeRound) -> None:
 
 
 @given(**sizes, orders=st.integers(1, 4))
+@budget(max_examples=50)
 def test_no_policy_breaks_a_filter(
     random_round: MakeRound, seed: int, tasks: int, blocks: int, orders: int
 ) -> None:
     """In exact integers, by the definition: every block holds at some order."""
     round = random_round(seed, tasks, blocks, orders)
     for policy in POLICIES.values():
-        done = policy.grant(round).tolist()
+        done = policy.grant(round).granted.tolist()
         assert len(set(done)) == len(done)
         check_grants(round, done)
         for block in {int(b) for task in done for b in round.blocks_of(task)}:
@@ -126,13 +128,14 @@ def test_no_policy_breaks_a_filter(
 
 
 @given(**sizes, orders=st.integers(1, 4))
+@budget(max_examples=50)
 def test_every_policy_conserves_work(
     random_round: MakeRound, seed: int, tasks: int, blocks: int, orders: int
 ) -> None:
     """No task that still waits would fit in what is left."""
     round = random_round(seed, tasks, blocks, orders)
     for policy in POLICIES.values():
-        done = policy.grant(round)
+        done = policy.grant(round).granted
         left = left_after(round, done)
         waiting = np.setdiff1d(np.arange(tasks), done)
         assert not tasks_that_fit(round, left)[waiting].any()
@@ -145,7 +148,7 @@ def test_the_check_agrees_with_filling(
 ) -> None:
     """Adding any one waiting task to what was granted is refused."""
     round = random_round(seed, tasks, blocks, orders)
-    done = POLICIES["fcfs"].grant(round).tolist()
+    done = POLICIES["fcfs"].grant(round).granted.tolist()
     for waiting in set(range(tasks)) - set(done):
         with pytest.raises(AssertionError, match="overdrawn"):
             check_grants(round, [*done, waiting])
@@ -161,6 +164,25 @@ def test_the_check_refuses_nonsense(make_round: MakeRound) -> None:
         check_grants(round, [1])
     with pytest.raises(AssertionError, match="not in the round"):
         check_grants(round, [-1])
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_check_is_exact_beyond_64_bits(make_round: MakeRound, more: int) -> None:
+    """At the first order the sum wraps around in 64 bits, to less than nothing, and must not hold.
+
+    At the second one it is the capacity to the unit, or one unit more.
+    """
+    huge, tasks, each = MAX_UNITS, 2**13, MAX_UNITS // 2**13 - 1
+    demands = [[huge, each]] * (tasks - 1) + [[huge, each + more]]
+    round = make_round(
+        [[huge - 1, tasks * each]], [{"demand": demand, "blocks": [0]} for demand in demands]
+    )
+    if more:
+        with pytest.raises(AssertionError, match="overdrawn"):
+            check_grants(round, range(tasks))
+    else:
+        check_grants(round, range(tasks))
+    assert len(fill(round, np.arange(tasks))) == tasks - more
 
 
 def test_the_check_counts_what_is_held_and_locked(make_round: MakeRound) -> None:

@@ -54,6 +54,8 @@ def test_what_is_available(good: Round) -> None:
         ("weight", [1.0, 0.0], "weight: must be above 0"),
         ("weight", [1.0, np.inf], "weight: must be above 0"),
         ("priority", [0, -(2**63)], "priority: must lie within"),
+        ("fair_shares", [-1, 0], "fair_shares: must be at least 0"),
+        ("fair_shares", [1], "fair_shares: int64"),
         ("indptr", [0, 2, 2], "indptr: must rise"),
         ("indptr", [0, 0, 3], "indptr: must rise"),
         ("indptr", [1, 2, 3], "indptr: must rise"),
@@ -70,3 +72,34 @@ def test_bad_arrays_are_named(good: Round, field: str, value: Any, message: str)
 
 def test_a_round_may_be_empty(make_round: MakeRound) -> None:
     assert make_round([[1, 2]], []).tasks == 0
+
+
+def test_blocks_may_be_asked_for_in_any_order(good: Round) -> None:
+    swapped = replace(good, indices=np.array([1, 0, 1]))
+    assert swapped.blocks_of(0).tolist() == [1, 0]
+    assert swapped.pairs_of(np.array([1, 0])).tolist() == [2, 0, 1]
+
+
+def test_what_is_left_of_a_round(make_round: MakeRound) -> None:
+    round = make_round(
+        [[10, 20], [30, 40]],
+        [
+            {"demand": [1, 2], "blocks": [0, 1]},
+            {"demand": [3, 4], "blocks": [1]},
+            {"demand": [5, 6], "blocks": [0], "weight": 7, "priority": 8, "arrival": 9},
+        ],
+        reserved=[[1, 1], [1, 1]],
+    )
+    rest = round.after(np.array([0]), np.array([2, 1]))
+    assert rest.available.tolist() == [[8, 17], [28, 37]]
+    assert rest.demand.tolist() == [[5, 6], [3, 4]]
+    assert [rest.blocks_of(task).tolist() for task in range(2)] == [[0], [1]]
+    assert (rest.weight[0], rest.priority[0], rest.arrival[0]) == (7, 8, 9)
+
+
+def test_what_is_held_saturates(make_round: MakeRound) -> None:
+    """Thousands of saturated demands at one order leave nothing there, and the truth elsewhere."""
+    round = make_round([[MAX_UNITS - 1, 5000]], [{"demand": [MAX_UNITS, 1], "blocks": [0]}] * 4000)
+    rest = round.after(np.arange(3999), np.array([3999]))
+    assert rest.reserved.tolist() == [[MAX_UNITS, 3999]]
+    assert rest.available.tolist() == [[-1, 1001]]

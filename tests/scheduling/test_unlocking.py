@@ -53,7 +53,6 @@ def test_the_missing_arrivals_are_just_enough(
     needed = data.draw(st.integers(1, capacity))
     arrivals = data.draw(st.integers(0, fair_shares))
     missing = arrivals_missing(ByArrivals(fair_shares, arrivals), needed, capacity)
-    assert missing is not None
 
     def released(count: int) -> int:
         part = fraction(ByArrivals(fair_shares, arrivals + count), 0)
@@ -70,7 +69,6 @@ def test_the_time_of_unlocking_is_right(
     needed = data.draw(st.integers(1, capacity))
     rule = ByTime(opened, lifetime)
     moment = when_unlocked(rule, needed, capacity)
-    assert moment is not None
 
     def released(now: float) -> int:
         return int(unlocked(np.array([capacity]), fraction(rule, now))[0])
@@ -78,13 +76,6 @@ def test_the_time_of_unlocking_is_right(
     slack = 1e-5 + 1e-9 * lifetime
     assert released(moment + slack) >= needed
     assert released(moment - slack - lifetime / capacity) < needed
-
-
-def test_only_time_has_a_time_and_only_arrivals_a_count() -> None:
-    assert when_unlocked(Immediate(), 1, 2) is None
-    assert when_unlocked(ByArrivals(4, 0), 1, 2) is None
-    assert arrivals_missing(Immediate(), 1, 2) is None
-    assert arrivals_missing(ByTime(0, 1), 1, 2) is None
 
 
 @pytest.mark.parametrize(

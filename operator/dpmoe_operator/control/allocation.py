@@ -27,6 +27,7 @@ from dpmoe_operator.privacy.units import MAX_UNITS, format_epsilon
 from dpmoe_operator.scheduling import unlocking
 from dpmoe_operator.scheduling.explain import Explanation, explain
 from dpmoe_operator.scheduling.filling import check_grants
+from dpmoe_operator.scheduling.outcome import Outcome
 from dpmoe_operator.scheduling.policies import policy
 from dpmoe_operator.scheduling.round import ABSENT, Round
 
@@ -56,11 +57,13 @@ class Allocation:
         granted: records of the jobs that get budget, in the policy's order.
         waiting: why every other job without budget has none, by its uid.
         unlocked: by account.
+        outcome: of the policy, on the round's own rows; None if nobody took part.
     """
 
     granted: tuple[Granted, ...] = ()
     waiting: Mapping[str, Waiting] = field(default_factory=dict)
     unlocked: Mapping[str, Unlocked] = field(default_factory=dict)
+    outcome: Outcome | None = None
 
 
 def allocate(
@@ -74,7 +77,7 @@ def allocate(
 
     Args:
         snapshot: jobs, accounts, time.
-        settings: the policy.
+        settings: the policy, and the fairness share.
         judged: blocks and their accounts.
         plans: jobs that could be planned, by uid.
         refusals: jobs that could not, by uid.
@@ -98,7 +101,7 @@ def allocate(
         return Allocation(waiting=waiting, unlocked=unlocked)
     table = _Table(snapshot, candidates, unlocked)
     round_ = table.round()
-    outcome = policy(settings.policy).grant(round_)
+    outcome = policy(settings.policy).grant(round_, fairness=settings.fairness)
     check_grants(round_, outcome.granted)
     for explanation in explain(round_, outcome.granted, outcome.order, table.rules()):
         planned = candidates[explanation.task]
@@ -107,6 +110,7 @@ def allocate(
         granted=tuple(candidates[int(task)].reservation for task in outcome.granted),
         waiting=waiting,
         unlocked=unlocked,
+        outcome=outcome,
     )
 
 
@@ -256,6 +260,7 @@ class _Table:
             arrival=np.array([job.meta.created.timestamp() for job in jobs]),
             weight=np.array([float(_spec_of(job, "weight")) for job in jobs]),
             priority=np.array([_spec_of(job, "priority") for job in jobs], dtype=np.int64),
+            fair_shares=np.array([_fair_shares(rule) for rule in self.rules()], dtype=np.int64),
         )
 
     def _spread(self, account: Account, amounts: Sequence[int], absent: int) -> list[int]:
@@ -269,6 +274,11 @@ class _Table:
             orders = self.snapshot.ledger.accounts[name].opened.orders
             at.update(zip(map(Decimal, orders), amounts, strict=True))
         return [at.get(order, MAX_UNITS) for order in self.orders]
+
+
+def _fair_shares(rule: unlocking.Unlocking) -> int:
+    """Into how many fair shares the owner splits a block; 0 if the owner says nothing about it."""
+    return rule.fair_shares if isinstance(rule, unlocking.ByArrivals) else 0
 
 
 def _spec_of(job: JobView, field_name: str) -> int:
@@ -297,14 +307,18 @@ def _in_words(planned: Planned, explanation: Explanation, table: _Table) -> Wait
         when = f"; enough is unlocked at {format_time(moment)}"
     elif explanation.arrivals is not None:
         when = f"; enough is unlocked once {explanation.arrivals} more jobs have asked"
+    # In tenths: what others get must not change the statuses of all who wait.
+    tenths = int((explanation.fits_now or 0.0) * 10)
+    smaller = f"; a demand {tenths}0 % as large would fit now" if tenths else ""
     texts = {
         Reason.DEMAND_EXCEEDS_CAPACITY: f"{numbers} even of an unspent budget; ask for a smaller"
         " epsilon, fewer steps or a larger noise multiplier",
         Reason.BLOCK_EXHAUSTED: f"{numbers} for ever, the rest is consumed; ask for less or for"
         " other blocks",
-        Reason.WAITING_FOR_REFUND: f"{numbers}; running jobs hold the rest and may return some",
-        Reason.WAITING_FOR_UNLOCK: f"{numbers} of what is unlocked{when}",
+        Reason.WAITING_FOR_REFUND: f"{numbers}; running jobs hold the rest and may return some"
+        f"{smaller}",
+        Reason.WAITING_FOR_UNLOCK: f"{numbers} of what is unlocked{when}{smaller}",
         Reason.OUTRANKED: f"rank {_about(explanation.rank)} of {_about(explanation.of)} in the"
-        f" order of the policy; {numbers} after the jobs before it",
+        f" order of the policy; {numbers} after the jobs before it{smaller}",
     }
     return _waiting(planned, explanation.reason, texts[explanation.reason])

@@ -11,6 +11,8 @@ class Settings:
         namespace: where the ledger and the Lease live.
         trainer_image: the operator's own trainer image, the only one whose reports prove a refund.
         policy: name of the scheduling policy.
+        fairness: share of each block's available budget, in [0, 1], that goes in the order of DPF
+            before the policy gets the rest.
         gpu_resource: extended resource name of a GPU.
         storage_cidrs: address ranges that trainer pods may reach beside each other and DNS.
         host_paths: folders of the nodes that blocks may name as `dataset.path`; none by default,
@@ -23,6 +25,7 @@ class Settings:
     namespace: str
     trainer_image: str
     policy: str = "dpf"
+    fairness: float = 0.0
     gpu_resource: str = "nvidia.com/gpu"
     storage_cidrs: tuple[str, ...] = ()
     host_paths: tuple[str, ...] = ()

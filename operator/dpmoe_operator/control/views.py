@@ -71,7 +71,7 @@ class BlockView:
 
     @classmethod
     def of(cls, manifest: Json, known: "BlockView | None" = None) -> "BlockView":
-        """View a stored PrivateBlock; `known` is an earlier view of it, whose spec may still hold."""
+        """View a stored PrivateBlock; `known` is an earlier view, whose spec may still hold."""
         meta, status = Meta.of(manifest), manifest.get("status") or {}
         if known is not None and meta.generation and known.meta.generation == meta.generation:
             return cls(meta, known.spec, known.error, status)
@@ -94,7 +94,7 @@ class JobView:
 
     @classmethod
     def of(cls, manifest: Json, known: "JobView | None" = None) -> "JobView":
-        """View a stored DPMoEJob; `known` is an earlier view of it, whose spec may still hold."""
+        """View a stored DPMoEJob; `known` is an earlier view, whose spec may still hold."""
         meta, status = Meta.of(manifest), manifest.get("status") or {}
         if known is not None and meta.generation and known.meta.generation == meta.generation:
             return cls(meta, known.spec, known.error, status)

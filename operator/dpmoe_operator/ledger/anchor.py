@@ -13,18 +13,22 @@ says takes effect. What holds:
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dpmoe_operator.ledger.entry import GENESIS, Unverified, digest_of, entry_name
 from dpmoe_operator.ledger.fold import part_of
 
 _TAIL_BYTES = 2 * 1024 * 1024
 """More than the longest line, so that the end of a file always holds a whole one."""
+
+LOCK_SECONDS = 10.0
+"""Writing takes milliseconds: who holds the lock for longer stands still or hangs on its volume."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,15 @@ class Anchor:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            deadline = time.monotonic() + LOCK_SECONDS
+            while not _try_lock(lock):
+                if time.monotonic() > deadline:
+                    raise AnchorError(
+                        "AnchorUnusable",
+                        f"another process has held {lock.name} for {LOCK_SECONDS:g} s: an operator"
+                        " that stands still must be ended, nothing is granted until then",
+                    )
+                time.sleep(0.05)
             yield
 
     @contextmanager
@@ -193,6 +205,14 @@ class Anchor:
                 f"cannot {verb} the anchor in {self.folder}: {error.strerror or error};"
                 " mend the volume, nothing is granted until then",
             ) from error
+
+
+def _try_lock(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def follows(head: Head, manifests: Sequence[Mapping[str, Any]]) -> None:

@@ -9,15 +9,24 @@ high rung fails on all below. Words are made elsewhere; here are numbers only.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpmoe_operator.api.reasons import Reason
+from dpmoe_operator.scheduling.compiled import compiled
 from dpmoe_operator.scheduling.filling import left_after, pairs_that_fit, tasks_that_fit
-from dpmoe_operator.scheduling.round import ABSENT, Ints, Round
-from dpmoe_operator.scheduling.unlocking import Unlocking, arrivals_missing, when_unlocked
+from dpmoe_operator.scheduling.round import ABSENT, Floats, Ints, Round
+from dpmoe_operator.scheduling.unlocking import (
+    ByArrivals,
+    ByTime,
+    Unlocking,
+    arrivals_missing,
+    when_unlocked,
+)
+
+_PARTS = 1000
+"""Parts in which a smaller demand is looked for; amounts times it must stay within 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +42,15 @@ class Explanation:
         left: Units that the block has at that order on the rung that the task doesn't fit:
             its capacity, what is not consumed, what is neither consumed nor reserved, what of that
             is unlocked, or what the round left over. Less than `asked`.
+        rank: Its place in the policy's order, from 1.
+        of: How many tasks the order has.
+        fits_now: The largest part of its demand that would fit now, after this round's grants, on
+            each of its blocks at some order: in (0, 1), in thousandths, rounded down. None if not
+            even a thousandth would.
         unlock_at: If waiting for an unlock: when all its blocks that unlock by time will have
             released enough, on the clock of `ByTime.opened`. None if no such block is short.
         arrivals: If waiting for an unlock: how many more tasks must ask for its blocks that unlock
             by arrivals. None if no such block is short.
-        rank: If outranked: its place in the policy's order, from 1.
-        of: If outranked: how many tasks the order has.
     """
 
     task: int
@@ -47,10 +59,11 @@ class Explanation:
     order: float
     asked: int
     left: int
+    rank: int
+    of: int
+    fits_now: float | None = None
     unlock_at: float | None = None
     arrivals: int | None = None
-    rank: int | None = None
-    of: int | None = None
 
 
 def explain(
@@ -74,93 +87,132 @@ def explain(
         raise ValueError(f"ranking: must list each of {round.tasks} tasks once.")
     if len(unlocking) != round.blocks:
         raise ValueError(f"unlocking: {len(unlocking)} rules for {round.blocks} block rows.")
+    rank = np.empty(round.tasks, dtype=np.int64)
+    rank[ranking] = np.arange(1, round.tasks + 1)
+    left = left_after(round, granted)
+    parts = _parts_that_fit(round.indptr, round.indices, round.demand, left)
     waiting = np.ones(round.tasks, dtype=bool)
     waiting[granted] = False
     explanations: list[Explanation] = []
-    for reason, budget in _ladder(round):
+    for reason, budget in _ladder(round, left):
         blocked = waiting & ~tasks_that_fit(round, budget)
-        found = _bindings(round, blocked, reason, budget)
-        if reason is Reason.WAITING_FOR_UNLOCK:
-            found = _with_unlocks(round, list(found), unlocking)
-        explanations.extend(found)
         waiting &= ~blocked
-    outranked = _bindings(round, waiting, Reason.OUTRANKED, left_after(round, granted))
-    explanations.extend(_with_ranks(outranked, ranking))
+        tasks = np.flatnonzero(blocked)
+        when: _Unlocks = {}
+        if reason is Reason.WAITING_FOR_UNLOCK:
+            when = _unlocks(round, tasks, unlocking)
+        bindings = _bindings(
+            round.indptr, round.indices, round.demand, round.capacity, budget, tasks
+        )
+        for task, block, order in zip(tasks.tolist(), *bindings.tolist(), strict=True):
+            unlock_at, arrivals = when.get(task, (None, None))
+            explanations.append(
+                Explanation(
+                    task=task,
+                    reason=reason,
+                    block=block,
+                    order=float(round.orders[order]),
+                    asked=int(round.demand[task, order]),
+                    left=int(budget[block, order]),
+                    rank=int(rank[task]),
+                    of=round.tasks,
+                    fits_now=int(parts[task]) / _PARTS if parts[task] > 0 else None,
+                    unlock_at=unlock_at,
+                    arrivals=arrivals,
+                )
+            )
     return tuple(sorted(explanations, key=lambda explanation: explanation.task))
 
 
-def _ladder(round: Round) -> Iterator[tuple[Reason, Ints]]:
-    """The rungs that don't depend on the round's grants, worst reason first."""
+def _ladder(round: Round, left: Ints) -> Iterator[tuple[Reason, Ints]]:
+    """The rungs, worst reason first. Whom the last one doesn't hold back is not waiting."""
     yield Reason.DEMAND_EXCEEDS_CAPACITY, round.capacity
     yield Reason.BLOCK_EXHAUSTED, round.capacity - round.consumed
     yield Reason.WAITING_FOR_REFUND, round.capacity - round.consumed - round.reserved
     yield Reason.WAITING_FOR_UNLOCK, round.available
+    yield Reason.OUTRANKED, left
 
 
-def _bindings(
-    round: Round, blocked: NDArray[np.bool_], reason: Reason, budget: Ints
-) -> Iterator[Explanation]:
-    """For each blocked task, its binding block in `budget` and the closest order there."""
-    pairs = np.flatnonzero(blocked[round.task_of_pair])
+_Unlocks = dict[int, tuple[float | None, int | None]]
+
+
+def _unlocks(round: Round, tasks: Ints, unlocking: Sequence[Unlocking]) -> _Unlocks:
+    """Of each task, when and after how many arrivals all its blocks will have released enough."""
+    pairs = round.pairs_of(tasks)
+    pairs = pairs[~pairs_that_fit(round, round.available)[pairs]]
+    needed, capacity = _soonest(round, pairs)
+    when: _Unlocks = {}
+    for task, block, amount, total in zip(
+        round.task_of_pair[pairs].tolist(),
+        round.indices[pairs].tolist(),
+        needed.tolist(),
+        capacity.tolist(),
+        strict=True,
+    ):
+        time, arrivals = when.get(task, (None, None))
+        match unlocking[block]:
+            case ByTime() as rule:
+                opens = when_unlocked(rule, amount, total)
+                time = opens if time is None else max(time, opens)
+            case ByArrivals() as rule:
+                missing = arrivals_missing(rule, amount, total)
+                arrivals = missing if arrivals is None else max(arrivals, missing)
+        when[task] = time, arrivals
+    return when
+
+
+def _soonest(round: Round, pairs: Ints) -> tuple[Ints, Ints]:
+    """What must be released for each pair, and of what capacity, where that is least of it."""
     tasks, blocks = round.task_of_pair[pairs], round.indices[pairs]
-    closest = np.zeros(len(pairs), dtype=np.int64)
-    shortfall = np.full(len(pairs), np.inf)
+    part: Floats = np.full(len(pairs), np.inf)
+    needed, capacity = np.zeros(len(pairs), np.int64), np.ones(len(pairs), np.int64)
+    held = round.consumed + round.reserved
     for order in range(len(round.orders)):
-        asked, left = round.demand[tasks, order], budget[blocks, order]
-        relative = (asked - left) / np.maximum(asked, 1)
-        # An order that the block doesn't track is no order to come close at.
-        relative[round.capacity[blocks, order] == ABSENT] = np.inf
-        closest[relative < shortfall] = order
-        np.minimum(shortfall, relative, out=shortfall)
-    worst_first = np.lexsort((-shortfall, tasks))
-    _, first = np.unique(tasks[worst_first], return_index=True)
-    for pair in worst_first[first].tolist():
-        task, block, order = int(tasks[pair]), int(blocks[pair]), int(closest[pair])
-        yield Explanation(
-            task=task,
-            reason=reason,
-            block=block,
-            order=float(round.orders[order]),
-            asked=int(round.demand[task, order]),
-            left=int(budget[block, order]),
-        )
+        amount = round.demand[tasks, order] + held[blocks, order]
+        total = round.capacity[blocks, order]
+        asked = np.divide(amount, total, out=np.full(len(pairs), np.inf), where=total > 0)
+        sooner = asked < part
+        part[sooner], needed[sooner] = asked[sooner], amount[sooner]
+        capacity[sooner] = total[sooner]
+    return needed, capacity
 
 
-def _with_unlocks(
-    round: Round, explanations: list[Explanation], unlocking: Sequence[Unlocking]
-) -> Iterator[Explanation]:
-    """Add when, or after how many arrivals, all of a task's blocks will have released enough."""
-    short = ~pairs_that_fit(round, round.available)
-    for explanation in explanations:
-        start, end = round.indptr[explanation.task], round.indptr[explanation.task + 1]
-        blocks = round.indices[start:end][short[start:end]]
-        needed = round.demand[explanation.task] + round.consumed[blocks] + round.reserved[blocks]
-        capacity = round.capacity[blocks]
-        released = np.divide(
-            needed, capacity, out=np.full(needed.shape, np.inf), where=capacity > 0
-        )
-        soonest = released.argmin(axis=1)
-        rows = np.arange(len(blocks))
-        rules = [
-            (unlocking[block], amount, total)
-            for block, amount, total in zip(
-                blocks.tolist(),
-                needed[rows, soonest].tolist(),
-                capacity[rows, soonest].tolist(),
-                strict=True,
-            )
-        ]
-        times = [t for rule in rules if (t := when_unlocked(*rule)) is not None]
-        missing = [n for rule in rules if (n := arrivals_missing(*rule)) is not None]
-        yield replace(
-            explanation,
-            unlock_at=max(times, default=None),
-            arrivals=max(missing, default=None),
-        )
+@compiled
+def _bindings(
+    indptr: Ints, indices: Ints, demand: Ints, capacity: Ints, budget: Ints, tasks: Ints
+) -> Ints:
+    """int64[2, n]: for each task its binding block in `budget`, and the closest order there."""
+    found = np.zeros((2, len(tasks)), dtype=np.int64)
+    for place in range(len(tasks)):
+        task, worst = tasks[place], -np.inf
+        for pair in range(indptr[task], indptr[task + 1]):
+            block, closest, best = indices[pair], 0, np.inf
+            for order in range(demand.shape[1]):
+                # An order that the block doesn't track is no order to come close at.
+                if capacity[block, order] != ABSENT:
+                    asked = demand[task, order]
+                    shortfall = (asked - budget[block, order]) / max(asked, 1)
+                    if shortfall < best:
+                        closest, best = order, shortfall
+            if best > worst:
+                worst = best
+                found[0, place], found[1, place] = block, closest
+    return found
 
 
-def _with_ranks(explanations: Iterator[Explanation], ranking: Ints) -> Iterator[Explanation]:
-    rank = np.empty(len(ranking), dtype=np.int64)
-    rank[ranking] = np.arange(1, len(ranking) + 1)
-    for explanation in explanations:
-        yield replace(explanation, rank=int(rank[explanation.task]), of=len(ranking))
+@compiled
+def _parts_that_fit(indptr: Ints, indices: Ints, demand: Ints, left: Ints) -> Ints:
+    """int64[T]: how many thousandths of each task's demand fit in `left`; below 0 if not even 0."""
+    parts = np.empty(len(demand), dtype=np.int64)
+    for task in range(len(demand)):
+        parts[task] = _PARTS
+        for pair in range(indptr[task], indptr[task + 1]):
+            most = -1
+            for order in range(demand.shape[1]):
+                asked, room = demand[task, order], left[indices[pair], order]
+                if asked <= room:
+                    most = _PARTS
+                elif room >= 0:
+                    most = max(most, _PARTS * room // asked)
+            parts[task] = min(parts[task], most)
+    return parts

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from dpmoe_operator.scheduling.compiled import compiled
 from dpmoe_operator.scheduling.round import ABSENT, Ints, Round
 
 
@@ -30,11 +31,7 @@ def pairs_that_fit(round: Round, budget: Ints) -> NDArray[np.bool_]:
         round: The round.
         budget: int64[B, A], what each block has left.
     """
-    fitting = np.zeros(len(round.indices), dtype=bool)
-    for order in range(len(round.orders)):  # One order at a time keeps memory at O(nnz).
-        asked = round.demand[round.task_of_pair, order]
-        fitting |= asked <= budget[round.indices, order]
-    return fitting
+    return _pairs_that_fit(round.indptr, round.indices, round.demand, budget)
 
 
 def tasks_that_fit(round: Round, budget: Ints) -> NDArray[np.bool_]:
@@ -44,7 +41,7 @@ def tasks_that_fit(round: Round, budget: Ints) -> NDArray[np.bool_]:
     return np.logical_and.reduceat(pairs_that_fit(round, budget), round.indptr[:-1])
 
 
-def fill(round: Round, order: Ints) -> Ints:
+def fill(round: Round, order: Ints, budget: Ints | None = None) -> Ints:
     """Grant tasks in the given order, each wholly or not at all.
 
     Best effort: a task that doesn't fit doesn't hold up those behind it. What remains fits none
@@ -53,57 +50,115 @@ def fill(round: Round, order: Ints) -> Ints:
     Args:
         round: The round.
         order: int64[≤ T], tasks, the first to be tried first.
+        budget: int64[B, A], what may be granted at most; all that is available if None.
 
     Returns:
         int64[G], the granted tasks, in the order of their grants.
     """
-    available = round.available.copy()
-    hopeful = order[tasks_that_fit(round, available)[order]]
-    granted: list[int] = []
-    for task in hopeful.tolist():
-        blocks = round.blocks_of(task)
-        if fits(round.demand[task], available[blocks]):
-            _take(available, blocks, round.demand[task])
-            granted.append(task)
-    return np.array(granted, dtype=np.int64)
+    return filled(round, order, budget)[0]
+
+
+def filled(round: Round, order: Ints, budget: Ints | None = None) -> tuple[Ints, Ints]:
+    """As `fill`, and what is left of the budget then: int64[G], int64[B, A]."""
+    left = (round.available if budget is None else budget).copy()
+    return _fill(round.indptr, round.indices, round.demand, order, left), left
 
 
 def left_after(round: Round, granted: Ints) -> Ints:
     """int64[B, A]: what is available once `granted` hold their demand."""
-    available = round.available.copy()
-    for task in granted.tolist():
-        _take(available, round.blocks_of(task), round.demand[task])
-    return available
+    left = round.available.copy()
+    _take(round.indptr, round.indices, round.demand, granted, left)
+    return left
 
 
 def check_grants(round: Round, granted: Iterable[int]) -> None:
-    """Verify a set of grants once more, in Python's unbounded integers, before it is committed.
+    """Verify a set of grants once more, exactly, before it is committed.
 
     Shares no code with `fill` on purpose: it is the last line before budget is spent for ever.
+    Sums of amounts could leave 64 bits, so their high and low halves are summed apart.
 
     Raises:
         AssertionError: A task is unknown or granted twice, or a block's filter would break. It is
             raised as an exception, so that running Python with -O doesn't remove it.
     """
-    tasks = [int(task) for task in granted]
-    if len(set(tasks)) != len(tasks):
+    tasks = np.array([int(task) for task in granted], dtype=np.int64)
+    if len(np.unique(tasks)) != len(tasks):
         raise AssertionError("a task is granted twice")
-    asked: dict[int, list[int]] = {}
+    for unknown in tasks[(tasks < 0) | (tasks >= round.tasks)].tolist():
+        raise AssertionError(f"task {unknown} is not in the round")
+    if len(tasks) == 0:
+        return
+    asked_of = [round.blocks_of(task) for task in tasks.tolist()]
+    blocks = np.concatenate(asked_of)
+    by_block = np.argsort(blocks, kind="stable")
+    asked, starts = np.unique(blocks[by_block], return_index=True)
+    task_of = np.repeat(tasks, [len(blocks) for blocks in asked_of])[by_block]
+    holds = np.zeros(len(asked), dtype=bool)
+    for order in range(len(round.orders)):
+        demand = round.demand[task_of, order]
+        high = np.add.reduceat(demand >> _HALF, starts)
+        low = np.add.reduceat(demand & _LOW_BITS, starts)
+        high, low = high + (low >> _HALF), low & _LOW_BITS
+        held = round.consumed[asked, order] + round.reserved[asked, order]
+        room = round.unlocked[asked, order] - held
+        room_high, room_low = room >> _HALF, room & _LOW_BITS
+        holds |= (high < room_high) | ((high == room_high) & (low <= room_low))
+    for block in asked[~holds].tolist():
+        raise AssertionError(f"block row {block} would be overdrawn at every order")
+
+
+_HALF = 31
+_LOW_BITS = (1 << _HALF) - 1
+
+
+@compiled
+def _pairs_that_fit(indptr: Ints, indices: Ints, demand: Ints, budget: Ints) -> NDArray[np.bool_]:
+    fitting = np.zeros(len(indices), dtype=np.bool_)
+    for task in range(len(demand)):
+        asked = demand[task]
+        for pair in range(indptr[task], indptr[task + 1]):
+            room = budget[indices[pair]]
+            for order in range(len(asked)):
+                if asked[order] <= room[order]:
+                    fitting[pair] = True
+                    break
+    return fitting
+
+
+@compiled
+def _fill(indptr: Ints, indices: Ints, demand: Ints, tries: Ints, left: Ints) -> Ints:
+    """Grant in the order of `tries` while it fits; `left` is what remains afterwards."""
+    granted = np.empty(len(tries), dtype=np.int64)
+    count = 0
+    for task in tries:
+        asked = demand[task]
+        fits_everywhere = True
+        for pair in range(indptr[task], indptr[task + 1]):
+            room, fits_here = left[indices[pair]], False
+            for order in range(len(asked)):
+                if asked[order] <= room[order]:
+                    fits_here = True
+                    break
+            if not fits_here:
+                fits_everywhere = False
+                break
+        if fits_everywhere:
+            granted[count] = task
+            count += 1
+            for pair in range(indptr[task], indptr[task + 1]):
+                room = left[indices[pair]]
+                for order in range(len(asked)):
+                    # Stop at ABSENT, where nothing fits anyway.
+                    room[order] = max(room[order] - asked[order], ABSENT)
+    return granted[:count].copy()
+
+
+@compiled
+def _take(indptr: Ints, indices: Ints, demand: Ints, tasks: Ints, left: Ints) -> None:
+    """Subtract the demands of tasks, at every order, whether they fit or not."""
     for task in tasks:
-        if not 0 <= task < round.tasks:
-            raise AssertionError(f"task {task} is not in the round")
-        demand = round.demand[task].tolist()
-        for block in round.blocks_of(task).tolist():
-            total = asked.get(block, [0] * len(demand))
-            asked[block] = [t + d for t, d in zip(total, demand, strict=True)]
-    for block, total in asked.items():
-        held = zip(round.consumed[block].tolist(), round.reserved[block].tolist(), strict=True)
-        spent = [c + r + t for (c, r), t in zip(held, total, strict=True)]
-        unlocked = round.unlocked[block].tolist()
-        if not any(s <= u for s, u in zip(spent, unlocked, strict=True)):
-            raise AssertionError(f"block row {block} would be overdrawn at every order")
-
-
-def _take(available: Ints, blocks: Ints, demand: Ints) -> None:
-    """Subtract a demand at every order, stopping at `ABSENT`, where nothing fits anyway."""
-    available[blocks] = np.maximum(available[blocks] - demand, ABSENT)
+        asked = demand[task]
+        for pair in range(indptr[task], indptr[task + 1]):
+            room = left[indices[pair]]
+            for order in range(len(asked)):
+                room[order] = max(room[order] - asked[order], ABSENT)

@@ -1,15 +1,23 @@
-"""The policies by name. A policy is one module with `order` and `grant`, registered here.
+"""The policies by name. A policy is one module that ranks the tasks of a round, registered here.
 
-A policy never decides whether something fits: it grants through `filling`, and the operator
-re-verifies every round with `filling.check_grants` before it commits.
+A policy never decides whether something fits: its ranking is granted through `filling`, and the
+operator re-verifies every round with `filling.check_grants` before it commits. Priorities and the
+fairness share hold for all policies alike, so they are here and no policy knows of them.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from dpmoe_operator.scheduling import dpf, fcfs
+import numpy as np
+
+from dpmoe_operator.scheduling import area, dpack, dpf, dual, fcfs, optimal
+from dpmoe_operator.scheduling.filling import fill
+from dpmoe_operator.scheduling.outcome import Outcome, Prices, Ranking
 from dpmoe_operator.scheduling.round import Ints, Round
+from dpmoe_operator.scheduling.shares import fair_demands
+
+Rank = Callable[[Round, Prices | None], Ranking]
 
 
 @dataclass(frozen=True)
@@ -18,21 +26,87 @@ class Policy:
 
     Attributes:
         name: Its name in settings, metrics and on the command line.
-        order: All tasks of a round, most deserving first: int64[T]. What a rank is read from.
-        grant: The tasks that get budget, in the order of their grants: int64[G].
+        rank: Ranks the tasks of a round whose priorities are all equal. It may start from the
+            prices of an earlier round, laid out on this round's rows.
     """
 
     name: str
-    order: Callable[[Round], Ints]
-    grant: Callable[[Round], Ints]
+    rank: Rank
+
+    @classmethod
+    def of_order(cls, name: str, order: Callable[[Round], Ints]) -> "Policy":
+        """A policy that only orders tasks: it bounds nothing and remembers nothing."""
+        return cls(name, lambda round, _prices: Ranking(order(round)))
+
+    def grant(
+        self, round: Round, *, prices: Prices | None = None, fairness: float = 0.0
+    ) -> Outcome:
+        """Share out a round.
+
+        Args:
+            round: The round.
+            prices: What the round before came to, laid out on this round's rows.
+            fairness: In [0, 1], the share of each row's available budget that is granted in the
+                order of DPF first; the policy ranks the others for all that is left then. At 0 the
+                policy decides alone, at 1 DPF does.
+
+        Raises:
+            ValueError: `fairness` is not in [0, 1].
+        """
+        if not 0 <= fairness <= 1:
+            raise ValueError(f"fairness: {fairness} must lie in [0, 1].")
+        ranking = self.rank(round, prices)
+        order = ranking.order
+        if fairness > 0 or len(np.unique(round.priority)) > 1:
+            order = self._by_priority(round, ranking.prices, fairness)
+        granted = fill(round, order)
+        fair = fair_demands(round)
+        return Outcome(
+            granted=granted,
+            order=order,
+            weight=float(round.weight[granted].sum()),
+            bound=ranking.bound,
+            fair=int(fair.sum()),
+            fair_granted=int(fair[granted].sum()),
+            prices=ranking.prices,
+        )
+
+    def order(self, round: Round) -> Ints:
+        """int64[T]: all tasks of a round, the most deserving first."""
+        return self.grant(round).order
+
+    def _by_priority(self, round: Round, prices: Prices | None, fairness: float) -> Ints:
+        """Rank the tasks of the highest priority, then the next on what those leave, and so on."""
+        order = granted = np.zeros(0, np.int64)
+        for priority in np.unique(round.priority)[::-1]:
+            tasks = np.flatnonzero(round.priority == priority)
+            rest = round.after(granted, tasks)
+            ranked = self._fairly(rest, prices, fairness)
+            order = np.concatenate([order, tasks[ranked]])
+            granted = np.concatenate([granted, tasks[fill(rest, ranked)]])
+        return order
+
+    def _fairly(self, round: Round, prices: Prices | None, fairness: float) -> Ints:
+        """Who fits into the reserved share in DPF's order, then the others as the policy ranks."""
+        if fairness == 0:
+            return self.rank(round, prices).order
+        budget = np.where(round.available > 0, round.available * fairness, round.available)
+        first = fill(round, dpf.order(round), budget.astype(np.int64))
+        others = np.setdiff1d(np.arange(round.tasks), first)
+        rest = round.after(first, others)
+        return np.concatenate([first, others[self.rank(rest, prices).order]])
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
         policy.name: policy
         for policy in (
-            Policy("dpf", dpf.order, dpf.grant),
-            Policy("fcfs", fcfs.order, fcfs.grant),
+            Policy.of_order("area", area.order),
+            Policy.of_order("dpack", dpack.order),
+            Policy.of_order("dpf", dpf.order),
+            Policy("dual", dual.rank),
+            Policy.of_order("fcfs", fcfs.order),
+            Policy("optimal", optimal.rank),
         )
     }
 )

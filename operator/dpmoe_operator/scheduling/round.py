@@ -10,7 +10,7 @@ without a cluster. Amounts are integers in 10⁻⁹ ε and are compared as integ
 - nnz: (task, block) pairs
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -47,6 +47,8 @@ class Round:
         arrival: float64[T], seconds.
         weight: float64[T], > 0; a task of weight 2 counts as two.
         priority: int64[T]; higher goes first, before everything else.
+        fair_shares: int64[B], the N of each row whose fair share is c/N; 0 where nobody said, and
+            None if that holds for all: then N is the number of tasks that wait for the row.
 
     Raises:
         ValueError: A shape, type or range is not as above.
@@ -63,6 +65,7 @@ class Round:
     arrival: Floats
     weight: Floats
     priority: Ints
+    fair_shares: Ints | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -93,6 +96,36 @@ class Round:
         """The block rows that a task asks for."""
         return self.indices[self.indptr[task] : self.indptr[task + 1]]
 
+    def after(self, granted: Ints, tasks: Ints) -> "Round":
+        """The round that is left: `granted` hold their demand, and only `tasks` still wait.
+
+        What is held saturates at `MAX_UNITS`, above every capacity: nothing fits there either way.
+        """
+        held = np.zeros(self.capacity.shape, dtype=np.int64)
+        pairs = self.pairs_of(granted)
+        for order in range(len(self.orders)):
+            # A float64 counts exactly to 2⁵³, above MAX_UNITS, and beyond that stays above it.
+            asked = self.demand[self.task_of_pair[pairs], order].astype(np.float64)
+            total = np.bincount(self.indices[pairs], weights=asked, minlength=self.blocks)
+            held[:, order] = np.minimum(total, MAX_UNITS).astype(np.int64)
+        kept = self.pairs_of(tasks)
+        return replace(
+            self,
+            demand=self.demand[tasks],
+            indptr=np.append(0, np.cumsum(np.diff(self.indptr)[tasks])),
+            indices=self.indices[kept],
+            reserved=np.minimum(self.reserved + held, MAX_UNITS),
+            arrival=self.arrival[tasks],
+            weight=self.weight[tasks],
+            priority=self.priority[tasks],
+        )
+
+    def pairs_of(self, tasks: Ints) -> Ints:
+        """The places in `indices` of all pairs of some tasks, task by task in the given order."""
+        starts, counts = self.indptr[tasks], np.diff(self.indptr)[tasks]
+        before = np.cumsum(counts) - counts
+        return np.repeat(starts - before, counts) + np.arange(counts.sum(), dtype=np.int64)
+
     def _check_shapes(self) -> None:
         tasks, blocks, orders = len(self.arrival), len(self.capacity), len(self.orders)
         shapes = {
@@ -107,9 +140,12 @@ class Round:
             "arrival": (np.float64, (tasks,)),
             "weight": (np.float64, (tasks,)),
             "priority": (np.int64, (tasks,)),
+            "fair_shares": (np.int64, (blocks,)),
         }
         for name, (dtype, shape) in shapes.items():
             array = getattr(self, name)
+            if array is None and name == "fair_shares":
+                continue
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(
                     f"{name}: {array.dtype}{list(array.shape)} must be "
@@ -139,6 +175,8 @@ class Round:
         )
         _require(_all(np.isfinite(self.arrival)), "arrival: must be finite")
         _require(_all(np.isfinite(self.weight) & (self.weight > 0)), "weight: must be above 0")
+        if self.fair_shares is not None:
+            _require(_all(self.fair_shares >= 0), "fair_shares: must be at least 0")
         _require(
             _all((self.priority >= -_MAX_PRIORITY) & (self.priority <= _MAX_PRIORITY)),
             f"priority: must lie within ±{_MAX_PRIORITY}",
@@ -155,7 +193,10 @@ class Round:
             f"indices: block rows must lie in [0, {self.blocks})",
         )
         pairs = self.task_of_pair * self.blocks + indices
-        _require(len(np.unique(pairs)) == len(pairs), "indices: a task asks for a block twice")
+        rising = _all(np.diff(pairs) > 0)  # Usual, and far cheaper to see than uniqueness.
+        _require(
+            rising or len(np.unique(pairs)) == len(pairs), "indices: a task asks for a block twice"
+        )
 
 
 def _all(condition: NDArray[np.bool_]) -> bool:

@@ -77,28 +77,24 @@ def unlocked(capacity: NDArray[np.int64], released: Fraction) -> Ints:
     )
 
 
-def when_unlocked(unlocking: Unlocking, needed: int, capacity: int) -> float | None:
-    """When `needed` of a positive `capacity` will be released; None if time doesn't release it.
+def when_unlocked(rule: ByTime, needed: int, capacity: int) -> float:
+    """When `needed` of a positive `capacity` will be released.
 
     Args:
-        unlocking: The block's rule.
+        rule: The block's rule.
         needed: Units that must be released, at most `capacity`.
         capacity: Initial capacity in units, at one order.
 
     Returns:
         Seconds on the clock of `ByTime.opened`, to the precision of a float.
     """
-    if not isinstance(unlocking, ByTime):
-        return None
-    return unlocking.opened + unlocking.lifetime * (needed / capacity)
+    return rule.opened + rule.lifetime * (needed / capacity)
 
 
-def arrivals_missing(unlocking: Unlocking, needed: int, capacity: int) -> int | None:
+def arrivals_missing(rule: ByArrivals, needed: int, capacity: int) -> int:
     """How many more tasks must ask for the block until `needed` of `capacity` is released.
 
-    None if arrivals don't release it. Arguments as for `when_unlocked`.
+    Arguments as for `when_unlocked`.
     """
-    if not isinstance(unlocking, ByArrivals):
-        return None
-    shares = -(-needed * unlocking.fair_shares // capacity)
-    return max(0, shares - unlocking.arrivals)
+    shares = -(-needed * rule.fair_shares // capacity)
+    return max(0, shares - rule.arrivals)

@@ -1,0 +1,1 @@
+"""Workloads that papers published, rebuilt from their rules, each from a seed."""

@@ -332,7 +332,8 @@ def test_arrivals_unlock_fair_shares() -> None:
     assert waiting.reason is Reason.WAITING_FOR_UNLOCK
     assert waiting.message == (
         f"block reviews (order 8): asks {format_epsilon(cost)}, left {format_epsilon(total // 4)}"
-        " of what is unlocked; enough is unlocked once 1 more jobs have asked"
+        " of what is unlocked; enough is unlocked once 1 more jobs have asked;"
+        f" a demand {10 * (total // 4) // cost}0 % as large would fit now"
     )
     second = round_of([reviews], [asked, noisy("2.5", uid="j1")], ledger=ledger)
     assert second.unlocked[ACCOUNT].amounts == (total // 2,)
@@ -372,7 +373,8 @@ def test_time_unlocks_evenly_and_says_when() -> None:
     enough = NOW + timedelta(seconds=1000 * cost / total)
     assert waiting.reason is Reason.WAITING_FOR_UNLOCK
     assert f"left {format_epsilon(total // 10)} of what is unlocked" in waiting.message
-    assert waiting.message.endswith(f"; enough is unlocked at {format_time(enough)}")
+    assert f"; enough is unlocked at {format_time(enough)}; " in waiting.message
+    assert waiting.message.endswith("; a demand 20 % as large would fit now")
 
     early = enough - timedelta(seconds=2)
     assert granted_to(round_of([reviews], [asked], ledger=ledger, now=early)) == []

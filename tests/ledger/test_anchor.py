@@ -1,5 +1,6 @@
 """The anchor: one chain, forced to the disk, that shows when the log was taken back."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from tests.builders import Object, commit, granted, opened
 
+from dpmoe_operator.ledger import anchor as module
 from dpmoe_operator.ledger.anchor import BEFORE_ALL, Anchor, AnchorError, Head, follows
 from dpmoe_operator.ledger.checkpoint import checkpoint_records
 from dpmoe_operator.ledger.fold import LedgerState
@@ -161,6 +163,19 @@ def test_a_volume_that_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(AnchorError, match="mend the volume") as error:
             use(Anchor(tmp_path / "none"))
         assert reason(error) == "AnchorUnusable"
+
+
+def test_another_operator_that_stands_still_in_the_midst_of_a_write(
+    anchor: Anchor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock is not waited for without a word."""
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    with (anchor.folder / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(AnchorError, match="must be ended") as error:
+            anchor.append(LOG)
+    assert reason(error) == "AnchorUnusable"
+    anchor.append(LOG)
 
 
 def test_full_disk(anchor: Anchor, monkeypatch: pytest.MonkeyPatch) -> None:

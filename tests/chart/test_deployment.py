@@ -50,6 +50,7 @@ def test_the_operator_understands_what_the_default_values_say(
         "namespace": "from-the-field",
         "trainer_image": "ghcr.io/dpmoe/trainer:0.1.0",
         "policy": DEFAULTS.policy,
+        "fairness": DEFAULTS.fairness,
         "round_seconds": 5.0,
         "anchor": Path("/var/lib/dpmoe/anchor"),
         "no_anchor": False,

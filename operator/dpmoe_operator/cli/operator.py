@@ -26,6 +26,15 @@ def operator(
         str,
         typer.Option(envvar="DPMOE_POLICY", help=f"Scheduling policy: {', '.join(POLICIES)}."),
     ] = "dpf",
+    fairness: Annotated[
+        float,
+        typer.Option(
+            envvar="DPMOE_FAIRNESS",
+            min=0,
+            max=1,
+            help="Share of the available budget that goes in the order of dpf first.",
+        ),
+    ] = 0.0,
     round_seconds: Annotated[
         float,
         typer.Option(
@@ -111,6 +120,7 @@ def operator(
             namespace=namespace,
             trainer_image=trainer_image,
             policy=policy,
+            fairness=fairness,
             gpu_resource=gpu_resource,
             storage_cidrs=tuple(storage_cidr or ()),
             host_paths=tuple(host_path or ()),

@@ -2,7 +2,6 @@
 
 import asyncio
 import fcntl
-import json
 import os
 import signal
 import ssl
@@ -18,6 +17,7 @@ from typing import Any
 import aiohttp
 import yaml
 from aiohttp import web
+from tests.cluster.conftest import ApiServer, RawClient
 from tests.cluster.world import OWNER, TEAM, Object, World, job
 
 from dpmoe_operator.ledger.anchor import Anchor
@@ -86,6 +86,7 @@ class Arena:
         self._directory = directory
         self._anchor = directory / "anchor"
         self._anchor.mkdir()
+        self._http = RawClient(server_of(world.stack.kubeconfig))
         world.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self.namespace}})
 
     def start(
@@ -142,8 +143,10 @@ class Arena:
 
     def entries(self) -> list[Object]:
         """The ledger's entries by name."""
-        text = self.world.stack.kubectl("get", "ledgerentries", "-n", self.namespace, "-o", "json")
-        return sorted(json.loads(text)["items"], key=lambda entry: str(entry["metadata"]["name"]))
+        listed = self._http.get(
+            f"/apis/dpmoe.dev/v1alpha1/namespaces/{self.namespace}/ledgerentries"
+        )
+        return sorted(listed["items"], key=lambda entry: str(entry["metadata"]["name"]))
 
     def records(self, kind: str) -> list[Object]:
         """All records of a kind in the ledger, in order."""
@@ -155,8 +158,13 @@ class Arena:
 
     def holder(self) -> str:
         """Who holds the lease; nobody is the empty string."""
-        path = "jsonpath={.items[*].spec.holderIdentity}"
-        return self.world.stack.kubectl("get", "leases", "-n", self.namespace, "-o", path)
+        leases = f"/apis/coordination.k8s.io/v1/namespaces/{self.namespace}/leases"
+        return "".join(lease["spec"]["holderIdentity"] for lease in self._http.get(leases)["items"])
+
+    def states(self) -> list[str]:
+        """The state of each job; empty where nobody said anything about it yet."""
+        listed = self._http.get(f"/apis/dpmoe.dev/v1alpha1/namespaces/{TEAM}/dpmoejobs")
+        return [(job.get("status") or {}).get("state", "") for job in listed["items"]]
 
     def leads(self, operator: Operator) -> bool:
         """Whether the lease names an operator."""
@@ -230,6 +238,20 @@ class Arena:
         )
 
 
+def server_of(kubeconfig: Path) -> ApiServer:
+    """The API server that a kubeconfig names."""
+    config = yaml.safe_load(kubeconfig.read_text())
+    cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
+    authority = cluster.get("certificate-authority")
+    return ApiServer(
+        name="",
+        url=cluster["server"].rstrip("/"),
+        token=user["token"],
+        kubeconfig=kubeconfig,
+        ca_file=Path(authority) if authority else None,
+    )
+
+
 class Gate:
     """A way to the API server on which the next entry of the ledger can be held back.
 
@@ -246,15 +268,14 @@ class Gate:
         self._closed = False
         self._open: asyncio.Event
         self._ready = threading.Event()
-        config = yaml.safe_load(kubeconfig.read_text())
-        cluster = config["clusters"][0]["cluster"]
-        self._server = cluster["server"].rstrip("/")
-        authority = cluster.get("certificate-authority")
+        server = server_of(kubeconfig)
+        self._server, authority = server.url, server.ca_file
         self._ssl = ssl.create_default_context(cafile=authority) if authority else None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         assert self._ready.wait(10)
+        config = yaml.safe_load(kubeconfig.read_text())
         config["clusters"][0]["cluster"] = {"server": self._url}
         own.write_text(yaml.safe_dump(config))
 

@@ -3,7 +3,6 @@
 Nothing runs the trainers here: jobs are granted and launched, and their pods wait for a node.
 """
 
-import json
 import os
 import random
 import time
@@ -15,12 +14,13 @@ from typing import Any
 import pytest
 from tests.cluster.conftest import assets
 from tests.cluster.operators import LEASE_SECONDS, Arena, Gate, Operator
-from tests.cluster.world import TEAM, Object, World, block, namespaces
+from tests.cluster.world import Object, World, block, namespaces
 
 from dpmoe_operator.control.views import parse_time
 from dpmoe_operator.local.stack import Stack
 
 HOUR = 3600.0
+PAUSES = 6
 
 Start = dict[str, Any]
 """How an operator is started: arguments of `Arena.start`."""
@@ -82,12 +82,7 @@ def test_of_two_that_live_one_grants_and_never_more_than_there_is(arena: Arena) 
     operators = [arena.start(lease_seconds=10), arena.start(lease_seconds=10)]
     for batch in range(3):
         arena.ask(*jobs(f"many-{batch}", 12), epsilon="1")
-
-    def states() -> list[str]:
-        listed = arena.world.stack.kubectl("get", "dpmoejobs", "-n", TEAM, "-o", "json")
-        return [(item.get("status") or {}).get("state", "") for item in json.loads(listed)["items"]]
-
-    arena.until(lambda: "" not in states() and "Running" not in states(), "all are decided")
+    arena.until(lambda: len(arena.states()) == 36 and all(arena.states()), "all are decided")
     [leader] = [operator for operator in operators if "leading as" in operator.log]
     assert arena.leads(leader)
     assert all(leader.is_named(writer) for writer in writers(arena))
@@ -190,14 +185,14 @@ def test_log_stays_one_chain_wherever_operators_are_stopped(arena: Arena) -> Non
     chance = random.Random(7)
     arena.world.apply(block())
     pair = start_pair(arena, {}, {})
-    for pause in range(8):
+    for pause in range(PAUSES):
         arena.ask(*jobs(f"pause-{pause}", 2))
         time.sleep(chance.uniform(0, 0.3))
         leader = next((each for each in pair if arena.leads(each)), pair[0])
         with leader.stopped():
             time.sleep(chance.choice([0.2, LEASE_SECONDS + 0.5]))
-    arena.until_granted(*(name for pause in range(8) for name in jobs(f"pause-{pause}", 2)))
-    assert len(arena.check().grants) == 16
+    arena.until_granted(*(name for pause in range(PAUSES) for name in jobs(f"pause-{pause}", 2)))
+    assert len(arena.check().grants) == 2 * PAUSES
 
 
 @pytest.mark.parametrize("skew", [HOUR, -HOUR])
@@ -222,7 +217,7 @@ def test_clocks_two_hours_apart_change_nothing(arena: Arena, skew: float) -> Non
         arena.until_granted("second")
         assert ("timed-0" in arena.granted()) == (skew < 0)
         assert arena.leads(other)
-    other.kill()
+    other.stop()
     arena.ask("third")
     arena.until_granted("third")
     arena.check()

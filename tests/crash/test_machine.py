@@ -67,9 +67,10 @@ class OperatorsUnderStress(RuleBasedStateMachine):
         self.world = World()
         self.applied = 0
 
-    @initialize()
-    def begin(self) -> None:
-        """Three jobs ask for what suffices for two of them."""
+    @initialize(ticks=st.integers(0, 6), patience=st.sampled_from([None, 2]))
+    def begin(self, ticks: int, patience: int | None) -> None:
+        """Three jobs ask for what suffices for two of them, and may run already."""
+        self.world.nodes.patience = patience
         for name, spec in BLOCKS.items():
             self.world.apply(block(name, access=ACCESS, **spec))
         for names in (["a"], ["a", "b"], ["c"]):
@@ -77,6 +78,10 @@ class OperatorsUnderStress(RuleBasedStateMachine):
         operator = self.world.start_operator()
         operator.turn()
         operator.turn()
+        for _ in range(ticks):
+            operator.turn()
+            self.world.nodes.tick()
+            self.world.settle()
 
     def apply(self, names: list[str], sigma: str, namespace: str, priority: int = 0) -> str:
         self.applied += 1
@@ -319,6 +324,7 @@ class OperatorsUnderStress(RuleBasedStateMachine):
                 each.kill()
             world.arrive_late()
             world.delete_orphans()
+            world.nodes.patience = None
             world.wait(120)  # All budget is unlocked by then.
             self.come_to_rest()
             for uid, grant in world.ledger.grants.items():
@@ -349,5 +355,5 @@ class OperatorsUnderStress(RuleBasedStateMachine):
 
 TestOperatorsUnderStress = OperatorsUnderStress.TestCase
 TestOperatorsUnderStress.settings = settings(
-    max_examples=20, stateful_step_count=40, deadline=None, derandomize=True
+    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True
 )

@@ -23,7 +23,7 @@ from dpmoe_operator.kube.resources import LEASES
 
 logger = logging.getLogger(__name__)
 
-LEASE_SECONDS = 10
+LEASE_SECONDS = 8
 _POD_UID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 

@@ -64,7 +64,7 @@ def operator(
             max=3600,
             help="How long an operator may be silent until another takes over.",
         ),
-    ] = 10,
+    ] = 8,
     pod_uid: Annotated[
         str | None,
         typer.Option(

@@ -1,6 +1,9 @@
-"""Options of the whole test suite."""
+"""Options of the whole test suite, and what it says at its end."""
 
 import pytest
+
+KILLS, OTHER_FAULTS = "operators killed", "other faults"
+"""Properties of a test's report, which also reach the terminal from another process."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -10,3 +13,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="both",
         help="which API servers the cluster tests run against (default: both)",
     )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many faults the operators met."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    properties = [pair for report in reports for pair in report.user_properties]
+    kills, others = (
+        sum(int(str(value)) for name, value in properties if name == wanted)
+        for wanted in (KILLS, OTHER_FAULTS)
+    )
+    if kills or others:
+        terminalreporter.write_line(
+            f"operators were killed at {kills} points, and met {others} other faults"
+        )

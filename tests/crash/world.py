@@ -126,9 +126,10 @@ class World:
 
     @property
     def activity(self) -> int:
-        """Grows with every write, and with every one that an operator tries."""
+        """Grows with every write, with every one that an operator tries, and with every step."""
         calls = (call for operator in self.operators for call in operator.wire.calls)
-        return self.cluster.store.revision + sum(call.writes for call in calls)
+        tried, steps = sum(call.writes for call in calls), sum(self.nodes.steps.values())
+        return self.cluster.store.revision + tried + steps
 
     @property
     def ledger(self) -> LedgerState:

@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import (
     MixtralConfig,
-    MixtralForCausalLM,
     MixtralForSequenceClassification,
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -73,13 +72,54 @@ class Shifted(nn.Module):
         return logits + self.shift
 
 
-class Twice(nn.Module):
+class Normed(nn.Module):
+    """Multiplies a parameter of another shape than the rows' width."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, 1))
+
+    def forward(self, logits):
+        return logits * self.scale
+
+
+class Remembering(nn.Module):
+    """Counts what it saw, as loss-free balancing counts the experts' tokens."""
+
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(2, 2)
+        self.register_buffer("seen", torch.zeros(2))
 
     def forward(self, logits):
-        return self.layer(self.layer(logits))
+        with torch.no_grad():
+            self.seen += logits.sum(0)
+        return self.layer(logits)
+
+
+class Borrowed(nn.Module):
+    """Has one weight in two experts' places: for those there is no cross term."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, logits):
+        return logits + F.linear(logits, self.weight[0, :2, :2])
+
+
+class ExpertChoice(nn.Module):
+    """Experts choose the batch's best tokens for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(16, 3)
+
+    def forward(self, hidden):
+        scores = self.router(hidden.flatten(0, 1))
+        best = scores.topk(4, dim=0).indices
+        kept = torch.zeros_like(scores).scatter(0, best, 1.0)
+        return hidden * (scores * kept).sum(1).view(*hidden.shape[:2], 1)
 
 
 class Cached(nn.Module):
@@ -122,7 +162,7 @@ class Attended(nn.Module):
     [
         (Convolution, "head.kernel.weight"),
         (Shifted, "head.shift"),
-        (Twice, "head.layer.weight"),
+        (Normed, "head.scale"),
         (Cached, "head.weight"),
         (Attended, "head.attention.in_proj_weight"),
     ],
@@ -174,12 +214,54 @@ def test_trained_layers_below_cached_hidden_states_are_named():
         clipped_sum(model, given, 1.0)
 
 
-def test_tied_weights_are_named():
-    model = mixtral(MixtralForCausalLM, tie_word_embeddings=True)
-    given = batch()
-    given["labels"] = given["input_ids"]
-    with pytest.raises(UncoveredParameter, match=r"embed_tokens\.weight.*tied"):
-        clipped_sum(model, given, 1.0)
+def test_weights_shared_with_experts_are_named():
+    model = bert(WithHeadForSequenceClassification)
+    experts = model.layers[1].experts
+    model.head = Borrowed(experts.up_proj)
+    with pytest.raises(UncoveredParameter, match=r"experts\.up_proj.*__getitem__"):
+        clipped_sum(model, batch(), 1.0)
+    other = type(experts)(model.config)
+    other.load_state_dict(experts.state_dict())
+    other.up_proj = experts.up_proj
+    model.layers[0] = type(model.layers[1])(model.config, layer_idx=0)
+    model.layers[0].experts = other
+    del model.head
+    model.head = nn.Identity()
+    with pytest.raises(UncoveredParameter, match=r"experts\.up_proj.*ExpertWeights.*cross term"):
+        clipped_sum(model, batch(), 1.0)
+
+
+def test_a_buffer_that_remembers_data_is_named():
+    model = bert(WithHeadForSequenceClassification)
+    model.head = Remembering()
+    with pytest.raises(NotPerSample, match=r"changed buffer 'head\.seen'"):
+        clipped_sum(model, batch(), 1.0)
+
+
+def test_experts_that_choose_their_tokens_are_named():
+    model = bert()
+    model.config.router_type = "expert-choice"
+    with pytest.raises(NotPerSample, match=r"config\.router_type is 'expert-choice'"):
+        clipped_sum(model, batch(), 1.0)
+    model = bert()
+    choice = ExpertChoice()
+    model.choice = choice
+    model.embeddings.register_forward_hook(lambda module, inputs, output: choice(output))
+    with pytest.raises(NotPerSample, match=r"chooses among all tokens.*expert choice"):
+        check_model(model)
+
+
+def test_a_divisor_from_the_batch_is_refused():
+    given = batch(num_items_in_batch=torch.tensor(12))
+    with pytest.raises(NotPerSample, match="num_items_in_batch"):
+        clipped_sum(bert(), given, 1.0)
+
+
+def test_half_precision_that_overflows_is_refused():
+    with pytest.raises(NotPerSample, match="float16"):
+        clipped_sum(bert().half(), batch(), 1.0)
+    with torch.autocast("cpu", torch.float16), pytest.raises(NotPerSample, match="float16"):
+        clipped_sum(bert(), batch(), 1.0)
 
 
 def test_the_batch_balancing_loss_is_refused():
@@ -194,14 +276,20 @@ def test_batch_normalisation_is_refused():
         clipped_sum(model, batch(), 1.0)
 
 
-def test_switch_transformers_are_refused():
-    model = SwitchTransformersForConditionalGeneration(
-        SwitchTransformersConfig(
-            vocab_size=40, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8, num_experts=2
-        )
+def test_a_capacity_for_the_whole_batch_is_refused_by_its_family():
+    config = NllbMoeConfig(
+        vocab_size=40,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        num_experts=2,
     )
-    with pytest.raises(NotPerSample, match="switch_transformers"):
-        clipped_sum(model, batch(), 1.0)
+    with pytest.raises(NotPerSample, match=r"'nllb-moe'.*capacity counts the tokens of the whole"):
+        clipped_sum(NllbMoeForConditionalGeneration(config), batch(), 1.0)
 
 
 @pytest.mark.parametrize("setting", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])

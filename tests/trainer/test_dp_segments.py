@@ -4,11 +4,19 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dpmoe_trainer.dp import kernels
 from dpmoe_trainer.dp.ghost import squared_norms_of_pairs
 from dpmoe_trainer.dp.segments import Segments, squared_norms
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def _either(request, monkeypatch):
+    """Every test here holds with the compiled kernel and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "library", lambda: None)
 
 
 def routed(samples, tokens, experts, choices, inputs, outputs, seed, dtype=torch.float64):
@@ -35,7 +43,9 @@ def formed(expert, sample, a, g, samples, experts):
     return weights, biases
 
 
-@settings(max_examples=40, deadline=None)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     samples=st.integers(1, 5),
     tokens=st.integers(1, 20),
@@ -91,3 +101,38 @@ def test_the_floor_leaves_ordinary_sums_alone():
     x = torch.randn(6, 50, 8, generator=torch.Generator().manual_seed(0))
     pairs = (x @ x.transpose(1, 2)) ** 2
     assert torch.equal(squared_norms_of_pairs(pairs), pairs.sum((1, 2)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("widths", [(3, 4), (16, 33), (100, 65)])
+def test_the_kernel_and_torch_give_the_same_norms(dtype, tolerance, widths, monkeypatch):
+    """Of segments from one row to more than it pays to compare pairs of."""
+    expert = torch.zeros(300, 1, dtype=torch.long)
+    length = torch.tensor([1, 2, 3, 4, 5, 7, 8, 13, 31, 57, 169])
+    sample = torch.arange(len(length)).repeat_interleave(length)
+    segments = Segments.of(expert, sample, 1, len(length))
+    generator = torch.Generator().manual_seed(0)
+    a, g = (torch.randn(300, width, generator=generator, dtype=dtype) for width in widths)
+    monkeypatch.undo()
+    assert kernels.library() is not None, "these tests need a C++ compiler"
+    compiled = squared_norms(a, g, segments, True, False)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert torch.allclose(
+        compiled, squared_norms(a, g, segments, True, False), rtol=tolerance, atol=0
+    )
+    one_by_one = torch.stack(
+        [
+            (part_g.T.double() @ part_a.double()).pow(2).sum()
+            for part_a, part_g in zip(
+                a.split(length.tolist()), g.split(length.tolist()), strict=True
+            )
+        ]
+    )
+    assert torch.allclose(compiled, one_by_one, rtol=tolerance, atol=0)
+
+
+def test_rows_may_lie_in_memory_in_any_order():
+    segments, _, _, a, g = routed(3, 8, 2, 1, 16, 12, seed=2)
+    expected = squared_norms(a, g, segments, True, True)
+    strided = torch.stack([a, a], 2)[..., 1], g.T.contiguous().T
+    assert torch.equal(squared_norms(*strided, segments, True, True), expected)

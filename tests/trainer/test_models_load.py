@@ -14,6 +14,8 @@ from transformers import (
     MixtralForCausalLM,
     MixtralForSequenceClassification,
     PreTrainedTokenizerFast,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
 )
 
 from dpmoe_trainer.models import UnusableModel, load_model, load_tokenizer, select_trainable
@@ -63,6 +65,27 @@ def test_a_mixture_of_experts_is_loaded(folder):
     loaded = model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in original.items())
     assert model.dtype == torch.float32
+
+
+def test_an_encoder_and_decoder_is_loaded(tmp_path):
+    config = SwitchTransformersConfig(
+        vocab_size=3,
+        d_model=16,
+        d_ff=16,
+        d_kv=8,
+        num_heads=2,
+        num_layers=2,
+        num_experts=2,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        decoder_start_token_id=0,
+    )
+    original = SwitchTransformersForConditionalGeneration(config)
+    model = load_model(save(original, tmp_path, pad_token="[UNK]"), None)
+    assert isinstance(model, SwitchTransformersForConditionalGeneration)
+    assert model.lm_head.weight is model.shared.weight
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in original.state_dict().items())
 
 
 def test_a_checkpoint_without_a_head_gets_one_for_the_labels(tmp_path):

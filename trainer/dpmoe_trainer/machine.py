@@ -1,16 +1,19 @@
-"""What this process may use of its machine, by the limits of its container (cgroup v2).
+"""What this process may use of its machine, and how it uses the memory.
 
-A container sees all processors and all memory of its node. A pod of one processor that starts a
+The limits are those of its container (cgroup v2). A container sees all processors and all memory of its node. A pod of one processor that starts a
 thread for each of the node's 64 runs many times slower than with one, and a cache sized by the
 node's memory gets the pod killed, after its privacy was spent.
 """
 
+import ctypes
 import math
 import os
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container finds its own limits."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def processors(cgroup: Path = CGROUP) -> int:
@@ -27,6 +30,20 @@ def memory(cgroup: Path = CGROUP) -> int:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _read(cgroup / "memory.max")
     return min(physical, int(limit)) if limit.isdecimal() else physical
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what the process frees, and take large blocks from it too.
+
+    A step of training needs what the one before it freed. By default glibc gives blocks of more
+    than 32 MiB back to the system at once, and the system clears each page when it is next touched,
+    which was measured to cost a tenth of a step. Where the C library is another one, nothing
+    changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _read(file: Path) -> str:

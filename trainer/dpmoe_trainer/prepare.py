@@ -16,7 +16,7 @@ from dpmoe_trainer.dp import check_model
 from dpmoe_trainer.dp.accounting import AccountingMismatch, check_plan
 from dpmoe_trainer.environment import Settings
 from dpmoe_trainer.errors import BadModel, BadPlan, UncoveredMechanism
-from dpmoe_trainer.machine import processors
+from dpmoe_trainer.machine import keep_freed_memory, processors
 from dpmoe_trainer.models import load_model, load_tokenizer, select_trainable, upcycle
 from dpmoe_trainer.models.load import resolve
 
@@ -82,6 +82,7 @@ def load(plan: TrainingPlan, settings: Settings) -> LoadedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if "OMP_NUM_THREADS" not in environ:
         torch.set_num_threads(processors())
+    keep_freed_memory()
     # What is fresh in the model (router, head) comes from the plan, so a plan names its start.
     # Noise and sampling have a secret key of their own.
     seed = int(plan.digest()[:8], 16)

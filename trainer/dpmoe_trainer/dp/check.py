@@ -2,21 +2,26 @@
 
 The rules know how torch functions use parameters, not how a model arranges its rows. So the engine
 runs once on made-up tokens and is compared with plain automatic differentiation of the model's own
-loss, one sample at a time. A model that couples samples, or mixes their rows, cannot pass.
+loss, one sample at a time, also with experts that have room for a single token. A model that
+couples samples, or mixes their rows, cannot pass; two ways to do so are recognised by name.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from dpmoe_trainer.dp.engine import clipped_sum, evaluating
+from dpmoe_trainer.dp.engine import clipped_sum
 from dpmoe_trainer.dp.errors import NotPerSample
+from dpmoe_trainer.dp.seams import evaluating
 
-_SAMPLES, _TOKENS = 3, 5
+_SAMPLES, _TOKENS = 3, (5, 7, 11, 13)
 
 
 def check_model(model: nn.Module, tolerance: float = 1e-3) -> None:
@@ -32,6 +37,14 @@ def check_model(model: nn.Module, tolerance: float = 1e-3) -> None:
         NotPerSample: They differ, or `clipped_sum` refuses the model. Names the parameter.
     """
     batch = _made_up_batch(model)
+    _check_routing(model, batch)
+    _check_gradients(model, batch, tolerance)
+    if any(hasattr(module, "expert_capacity") for module in model.modules()):
+        with _room_for_one(model):
+            _check_gradients(model, batch, tolerance)
+
+
+def _check_gradients(model: nn.Module, batch: dict[str, Tensor], tolerance: float) -> None:
     sums, norms = clipped_sum(model, batch, math.inf)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     expected = {name: torch.zeros_like(total) for name, total in sums.items()}
@@ -64,20 +77,92 @@ def _own_gradients(
 def _made_up_batch(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     config: Any = model.config
-    shape = (_SAMPLES, _TOKENS)
+    shape = (_SAMPLES, _unlike_any_width(model))
     ids = torch.randint(config.vocab_size, shape, generator=generator)
     mask = torch.ones(shape, dtype=torch.long)
     mask[-1, -2:] = 0
     if config.pad_token_id is not None:
         ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
         ids[-1, -2:] = config.pad_token_id
-    if getattr(model, "loss_type", None) == "ForCausalLM":
+    if getattr(model, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration"):
         labels = ids.masked_fill(mask == 0, -100)
     else:
         labels = torch.arange(_SAMPLES) % config.num_labels
     device = next(model.parameters()).device
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {key: value.to(device) for key, value in batch.items()}
+
+
+def _unlike_any_width(model: nn.Module) -> int:
+    """Tokens a sample, such that the batch's B·T is the size of nothing else in the model."""
+    widths = {width for parameter in model.parameters() for width in parameter.shape}
+    return next((t for t in _TOKENS if _SAMPLES * t not in widths), _TOKENS[0])
+
+
+@torch.no_grad()
+def _check_routing(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    tokens = batch["input_ids"].numel()
+    if tokens not in {width for p in model.parameters() for width in p.shape}:
+        with evaluating(model), _OverTheBatch(tokens):
+            model(**batch)
+
+
+class _OverTheBatch(TorchFunctionMode):
+    """Refuses choosing among, and counting over, all tokens of a batch."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        chosen = function in _CHOOSING and self._is_over_batch(_CHOOSING[function], args, kwargs)
+        if chosen and args[0].is_floating_point():
+            raise NotPerSample(
+                f"the model chooses among all tokens of a batch ({function.__name__}), as "
+                "expert choice does: use a router whose tokens choose their experts"
+            )
+        if function in _COUNTING and self._is_over_batch(1, args, kwargs):
+            raise NotPerSample(
+                "the model counts over all tokens of a batch (cumsum), as a capacity of experts "
+                "for the whole batch does: count by sequence, or use a router without capacity"
+            )
+        return function(*args, **kwargs)
+
+    def _is_over_batch(self, place: int, args: Any, kwargs: dict[str, Any]) -> bool:
+        dim = kwargs.get("dim", args[place] if len(args) > place else -1)
+        if not args or not isinstance(dim, int) or args[0].dim() == 0:
+            return False
+        return bool(args[0].shape[dim] == self._tokens)
+
+
+_CHOOSING = {
+    torch.topk: 2,
+    torch.Tensor.topk: 2,
+    torch.sort: 1,
+    torch.Tensor.sort: 1,
+    torch.argsort: 1,
+    torch.Tensor.argsort: 1,
+}
+"""Functions that choose by size, and where each takes the dimension."""
+
+_COUNTING = {torch.cumsum, torch.Tensor.cumsum}
+
+
+@contextmanager
+def _room_for_one(model: nn.Module) -> Iterator[None]:
+    """Gives every expert room for one token, so that capacity is felt."""
+    limited: list[Any] = [m for m in model.modules() if hasattr(m, "expert_capacity")]
+    before = [module.expert_capacity for module in limited]
+    try:
+        for module in limited:
+            module.expert_capacity = 1
+        yield
+    finally:
+        for module, capacity in zip(limited, before, strict=True):
+            module.expert_capacity = capacity
 
 
 def _compare(what: str, difference: Tensor, scale: Tensor, tolerance: float) -> None:

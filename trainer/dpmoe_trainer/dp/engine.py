@@ -16,35 +16,37 @@ What holds:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from dpmoe_trainer.dp.errors import NotPerSample, UncoveredParameter
+from dpmoe_trainer.dp.errors import AmbiguousBatch, NotPerSample, UncoveredParameter
 from dpmoe_trainer.dp.losses import per_sample_losses
-from dpmoe_trainer.dp.refusals import refuse_coupled
+from dpmoe_trainer.dp.refusals import refuse_coupled, refusing_changed_buffers
 from dpmoe_trainer.dp.rules import RULES
-from dpmoe_trainer.dp.rules.experts import IMPLEMENTATION
-from dpmoe_trainer.dp.tape import Tape, wide
+from dpmoe_trainer.dp.seams import evaluating, own_parts
+from dpmoe_trainer.dp.tape import Tape
+from dpmoe_trainer.dp.uses import add_sums, wide
+from dpmoe_trainer.dp.watch import watching
 
 _INPUTS = ("input_ids", "hidden_states")
 """Where a batch carries its tokens: as ids, or as a frozen lower part's outputs."""
 
+Batch = Mapping[str, Tensor]
+Clipped = tuple[dict[str, Tensor], Tensor]
 
-def clipped_sum(
-    model: nn.Module, batch: Mapping[str, Tensor], clipping_norm: float
-) -> tuple[dict[str, Tensor], Tensor]:
+
+def clipped_sum(model: nn.Module, batch: Batch, clipping_norm: float) -> Clipped:
     """Sums the clipped per-sample gradients of a batch.
 
     The model runs in evaluation mode, so without dropout or router jitter, and is left as it was;
-    no parameter's `.grad` is touched.
+    no parameter's `.grad` is touched. It may run under `torch.autocast`, and with its gradient
+    checkpointing on; norms and sums are in float32 at least all the same.
 
     Args:
-        model: A transformers model for sequence classification or causal language modelling.
-            Parameters that require no gradient are frozen.
+        model: A transformers model for sequence classification, for causal language modelling, or
+            with encoder and decoder. Parameters that require no gradient are frozen.
         batch: `input_ids` [B, T] (or `hidden_states` [B, T, D], where the model continues from
             these), `labels`, and what else the model's forward takes, B rows each. B may be 0.
         clipping_norm: C, the bound on one sample's gradient norm.
@@ -56,37 +58,65 @@ def clipped_sum(
 
     Raises:
         NotPerSample: The model, its loss or the batch couples samples, or is not supported.
-        UncoveredParameter: A trained parameter is not used, is used twice, or is used where there
-            is no per-sample norm. Names the parameter.
+        UncoveredParameter: A trained parameter is not used, or is used where there is no per-sample
+            norm. Names the parameter.
         ValueError: The clipping norm is not a positive number.
     """
     if not clipping_norm > 0:
         raise ValueError(f"clipping_norm is {clipping_norm}: give a positive number")
     refuse_coupled(model)
-    samples, length, device = _measure(batch)
+    samples, device = _measure(batch)
     trained = _trained(model)
     if samples == 0:
         zeros = {name: _zeros(parameter) for name, parameter in trained.items()}
         return zeros, torch.zeros(0, dtype=torch.float64, device=device)
-
-    tape = Tape(trained, samples, length, device)
-    with evaluating(model), _own_experts(model), tape.guarding():
-        with torch.enable_grad(), tape.watching(RULES):
-            losses = _losses(model, batch)
-        _require_all_used(tape)
-        losses.sum().backward()
-    norms = tape.squared_norms.clamp_min(0).sqrt()
-
+    try:
+        sums, norms = _clip(model, trained, batch, clipping_norm)
+    except AmbiguousBatch:
+        return _in_halves(model, batch, clipping_norm)
     finite = norms.isfinite()
     if not finite.all():
-        tape.fired.clear()
         kept = {key: value[finite] for key, value in batch.items()}
         sums, kept_norms = clipped_sum(model, kept, clipping_norm)
         norms = torch.full_like(norms, torch.inf).masked_scatter(finite, kept_norms)
-        return sums, norms
+    return sums, norms
 
-    factors = (clipping_norm / norms).clamp_max(1)
-    return _book_kept(trained, tape, factors), norms
+
+def _clip(
+    model: nn.Module, trained: dict[str, nn.Parameter], batch: Batch, clipping_norm: float
+) -> Clipped:
+    """The sums and norms of a batch; no sums if a norm is not finite."""
+    batch = _with_decoder_inputs(model, batch)
+    tape = Tape(trained, list(batch.values()))
+    with evaluating(model), own_parts(model, tape), tape.guarding():
+        with refusing_changed_buffers(model), torch.enable_grad(), watching(tape, RULES):
+            losses = _losses(model, batch)
+        _require_all_used(tape)
+        # The backward pass follows the types of the forward pass. Under the caller's autocast it
+        # would round anew, and otherwise where a checkpointed layer's is run again.
+        with torch.autocast(tape.device.type, enabled=False):
+            losses.sum().backward()
+            norms = tape.norms()
+            if not norms.isfinite().all():
+                return {}, norms
+            return _book_kept(trained, tape, clip_factors(norms, clipping_norm)), norms
+
+
+def clip_factors(norms: Tensor, clipping_norm: float) -> Tensor:
+    """min(1, C/‖∇ℓ_b‖), [B]: one where the norm is zero."""
+    return (clipping_norm / norms).clamp_max(1)
+
+
+def _in_halves(model: nn.Module, batch: Batch, clipping_norm: float) -> Clipped:
+    """The same by two smaller batches, which cannot be as many samples as tokens for ever."""
+    samples, _ = _measure(batch)
+    half = samples // 2
+    first, first_norms = clipped_sum(model, {k: v[:half] for k, v in batch.items()}, clipping_norm)
+    second, second_norms = clipped_sum(
+        model, {k: v[half:] for k, v in batch.items()}, clipping_norm
+    )
+    add_sums(first, second)
+    return first, torch.cat([first_norms, second_norms])
 
 
 @torch.no_grad()
@@ -94,12 +124,16 @@ def _book_kept(trained: dict[str, nn.Parameter], tape: Tape, factors: Tensor) ->
     """Forms each weight gradient once, dropping what it is formed from on the way."""
     formed: dict[str, Tensor] = {}
     while tape.fired:
-        formed.update(tape.fired.pop().clipped_sum(factors))
+        add_sums(formed, tape.fired.pop().clipped_sum(factors))
     # A use whose output did not reach the loss received no gradient: its parameters' is zero.
     return {
-        name: formed[name] if name in formed else _zeros(parameter)
+        name: _widened(formed[name], parameter) if name in formed else _zeros(parameter)
         for name, parameter in trained.items()
     }
+
+
+def _widened(total: Tensor, parameter: nn.Parameter) -> Tensor:
+    return total.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -113,25 +147,38 @@ def _zeros(parameter: nn.Parameter) -> Tensor:
     return wide(torch.zeros_like(parameter, requires_grad=False))
 
 
-def _measure(batch: Mapping[str, Tensor]) -> tuple[int, int, torch.device]:
-    """The batch's samples, their padded length, and its device."""
+def _measure(batch: Batch) -> tuple[int, torch.device]:
+    """The batch's samples, and its device."""
     key = next((key for key in _INPUTS if key in batch), None)
     if key is None or "labels" not in batch:
         raise NotPerSample(
             f"the batch has {sorted(batch)}: it needs labels and one of {', '.join(_INPUTS)}"
         )
-    samples, length = batch[key].shape[:2]
+    if "num_items_in_batch" in batch:
+        raise NotPerSample(
+            "the batch has num_items_in_batch, a divisor that depends on the other samples: leave "
+            "it out, a sample's loss is the mean over its own tokens"
+        )
+    samples = batch[key].shape[0]
     for other, value in batch.items():
-        if value.shape[0] != samples:
+        if value.dim() == 0 or value.shape[0] != samples:
             raise NotPerSample(
                 f"the batch's {other} has not as many rows as its {key}: give every entry one row "
                 "a sample"
             )
-    return samples, length, batch[key].device
+    return samples, batch[key].device
 
 
-def _losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
+def _with_decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The batch, with what a decoder reads: the labels, shifted by one."""
+    if not getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" in batch:
+        return dict(batch)
+    read = model.prepare_decoder_input_ids_from_labels(batch["labels"])  # type: ignore[operator]
+    return {**batch, "decoder_input_ids": read}
+
+
+def _losses(model: nn.Module, batch: Batch) -> Tensor:
+    inputs: dict[str, Tensor | bool] = {k: value for k, value in batch.items() if k != "labels"}
     if getattr(model.config, "use_cache", False):
         inputs["use_cache"] = False
     return per_sample_losses(model, model(**inputs).logits, batch["labels"])
@@ -144,30 +191,3 @@ def _require_all_used(tape: Tape) -> None:
             f"trained parameter {unused[0]!r} is not used in the model's forward pass (in all "
             f"{len(unused)} are not): freeze it"
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and then each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _own_experts(model: nn.Module) -> Iterator[None]:
-    """Has the model's experts run `dp.rules.experts`, and then what they ran before."""
-    # One attribute that transformers' decorator for experts modules sets, and nothing else has.
-    experts: list[Any] = [m for m in model.modules() if hasattr(m, "has_post_expert_norm")]
-    before = [(module.config, module.config._experts_implementation) for module in experts]
-    try:
-        for config, _ in before:
-            config._experts_implementation = IMPLEMENTATION
-        yield
-    finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation

@@ -10,3 +10,7 @@ class NotPerSample(ValueError):
 
 class UncoveredParameter(NotPerSample):
     """A trained parameter is used in a way for which the engine has no per-sample norm."""
+
+
+class AmbiguousBatch(Exception):
+    """A batch has as many samples as tokens, and a table's ids may be samples' or positions'."""

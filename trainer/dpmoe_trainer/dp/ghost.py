@@ -10,15 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROUNDING = 64
+ROUNDING = 64
 """Units of rounding that a product of two inner products may be off, relative to its terms."""
 
 
 def squared_norms_of_pairs(pairs: Tensor) -> Tensor:
     """Sums pair products to squared norms.
-
-    The floor is reached only where the rows' norms sum to some hundred times the norm of their sum
-    in float32 (a million in float64). There the norm is overstated, so the sample clipped harder.
 
     Args:
         pairs: [batch, n, n] products (a_s·a_s')(g_s·g_s').
@@ -26,6 +23,18 @@ def squared_norms_of_pairs(pairs: Tensor) -> Tensor:
     Returns:
         [batch].
     """
-    norms = pairs.sum((1, 2))
     terms = pairs.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt().sum(1).pow(2)
-    return norms.maximum(_ROUNDING * torch.finfo(pairs.dtype).eps * terms)
+    return floored(pairs.sum((1, 2)), terms)
+
+
+def floored(norms: Tensor, terms: Tensor) -> Tensor:
+    """Squared norms, but none below the rounding of the terms that they were summed from.
+
+    The floor is reached only where the rows' norms sum to some hundred times the norm of their sum
+    in float32 (a million in float64). There the norm is overstated, so the sample clipped harder.
+
+    Args:
+        norms: [batch] squared norms of sums of rows.
+        terms: [batch] (Σ_s ‖a_s‖·‖g_s‖)².
+    """
+    return norms.maximum(ROUNDING * torch.finfo(norms.dtype).eps * terms)

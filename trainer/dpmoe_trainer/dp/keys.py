@@ -40,14 +40,17 @@ class NoiseKey:
         if len(self.secret) != _KEY_BYTES:
             raise ValueError(f"a key has {_KEY_BYTES} bytes, not {len(self.secret)}")
 
+    def derive(self, purpose: str, *context: str | int) -> bytes:
+        """A key for one stream: a keyed hash (BLAKE2b) of its context, 32 bytes."""
+        # Any kind of integer names the same stream as Python's own.
+        parts = [part if isinstance(part, str) else int(part) for part in (purpose, *context)]
+        return hashlib.blake2b(repr(parts).encode(), key=self.secret, digest_size=32).digest()
+
     def uniform(self, count: int, purpose: str, *context: str | int) -> npt.NDArray[np.float64]:
         """Uniform numbers on the grid of 2⁻⁵³ in [0, 1), the same for the same context.
 
-        A keyed hash of the context (BLAKE2b) seeds an extendable-output hash (SHAKE-128).
+        The stream's key seeds an extendable-output hash (SHAKE-128).
         """
-        # Any kind of integer names the same stream as Python's own.
-        parts = [part if isinstance(part, str) else int(part) for part in (purpose, *context)]
-        seed = hashlib.blake2b(repr(parts).encode(), key=self.secret, digest_size=32)
-        stream = hashlib.shake_128(seed.digest()).digest(8 * count)
+        stream = hashlib.shake_128(self.derive(purpose, *context)).digest(8 * count)
         grid = np.frombuffer(stream, dtype="<u8") >> np.uint64(11)
         return grid.astype(np.float64) * 2.0**-53

@@ -1,7 +1,8 @@
 """Each sample's own loss, from a batch's logits.
 
 A model's loss is a mean over the batch, whose divisor may depend on the other samples (their
-number, their lengths). Here a sample's loss is what the model's loss is on that sample alone.
+number, their lengths, a given `num_items_in_batch`). Here a sample's loss is what the model's loss
+is on that sample alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpmoe_trainer.dp.errors import NotPerSample
+from dpmoe_trainer.dp.uses import wide
 
 _IGNORED = -100
 
@@ -23,8 +25,8 @@ def per_sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tenso
         labels: [B] classes, or [B, T] tokens with -100 where none counts.
 
     Returns:
-        [B] losses: the cross entropy of the class, or the mean cross entropy of the sample's next
-        tokens (zero if none counts).
+        [B] losses: the cross entropy of the class, or the mean cross entropy of the sample's own
+        counted tokens (zero if none counts): the next ones, or those that a decoder writes.
 
     Raises:
         NotPerSample: The model has another loss.
@@ -33,10 +35,13 @@ def per_sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tenso
     if kind == "ForSequenceClassification":
         return _classification(model, logits, labels)
     if kind == "ForCausalLM":
-        return _next_token(logits, labels)
+        # As transformers does it: in float32, and the last token predicts nothing.
+        return _mean_over_tokens(logits.float(), F.pad(labels[:, 1:], (0, 1), value=_IGNORED))
+    if kind == "ForConditionalGeneration" and getattr(model.config, "is_encoder_decoder", False):
+        return _mean_over_tokens(wide(logits), labels)
     raise NotPerSample(
-        f"{type(model).__name__} has the loss {kind!r}: use a model for sequence classification "
-        "or for causal language modelling"
+        f"{type(model).__name__} has the loss {kind!r}: use a model for sequence classification, "
+        "for causal language modelling or with encoder and decoder"
     )
 
 
@@ -50,11 +55,9 @@ def _classification(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=_IGNORED, reduction="none")
 
 
-def _next_token(logits: Tensor, labels: Tensor) -> Tensor:
-    # As transformers does it: in float32, and the last token predicts nothing.
-    targets = F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+def _mean_over_tokens(logits: Tensor, targets: Tensor) -> Tensor:
     token_losses = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=_IGNORED, reduction="none"
+        logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED, reduction="none"
     ).view_as(targets)
     counted = (targets != _IGNORED).sum(1)
     return token_losses.sum(1) / counted.clamp_min(1)

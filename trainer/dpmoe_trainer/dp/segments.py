@@ -3,8 +3,12 @@
 After routing, a sample's rows at one expert form its gradient G_be = Σ_s g_s·a_sᵀ there, and
 ‖∇ℓ_b‖² gains ‖G_be‖² for every expert e. Sorted by (expert, sample), each such set of rows is one
 contiguous segment of n rows, and ‖G_be‖² = Σ_{s,s'} (a_s·a_s')(g_s·g_s') costs n²·(I+O) instead of
-the n·I·O of forming it. With T tokens, top-k of E experts, n is about T·k/E: routing makes the
-ghost norm cheaper than that of the dense layer.
+the n·I·O of forming it; half of that, as the pairs are symmetric. With T tokens, top-k of E
+experts, n is about T·k/E: routing makes the ghost norm cheaper than that of the dense layer.
+
+On a processor, a compiled kernel goes through the pairs of a segment in place; gradients of longer
+segments are formed one by one. Elsewhere segments of about one length are gathered and multiplied
+together.
 
 Shapes: N tokens, K experts of each token, S = N·K rows, I inputs, O outputs, M segments of L rows.
 """
@@ -18,8 +22,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dpmoe_trainer.dp import kernels
 from dpmoe_trainer.dp.ghost import squared_norms_of_pairs
-from dpmoe_trainer.dp.tape import wide
+from dpmoe_trainer.dp.uses import wide
 
 _CHUNK_ELEMENTS = 1 << 22
 """Gathered rows (or formed gradients) held at once: 16 MiB in float32, about a core's cache."""
@@ -97,14 +102,14 @@ class Bucket:
     A stranger's row there could carry its infinities over, even multiplied with zero.
 
     Attributes:
-        index: [M, L] Rows of each segment.
-        real: [M, L] False where the index is filling.
-        sample: [M] Each segment's sample.
+        segment: [M'] Which segments.
+        index: [M', L] Rows of each segment.
+        real: [M', L] False where the index is filling.
     """
 
+    segment: Tensor
     index: Tensor
     real: Tensor
-    sample: Tensor
 
     @classmethod
     def of(cls, segments: Segments, chosen: Tensor, rows: int) -> Bucket:
@@ -112,19 +117,16 @@ class Bucket:
         start, length = segments.start[chosen, None], segments.length[chosen, None]
         position_1L = torch.arange(rows, device=start.device)[None]
         real = position_1L < length
-        return cls(
-            index=torch.where(real, start + position_1L, start),
-            real=real,
-            sample=segments.sample[chosen],
-        )
+        index = torch.where(real, start + position_1L, start)
+        return cls(chosen.nonzero().squeeze(1), index, real)
 
     def chunks(self, elements_of_one: int) -> Iterator[Bucket]:
         """Splits the bucket so that a chunk needs about `_CHUNK_ELEMENTS` numbers of memory."""
         size = max(1, _CHUNK_ELEMENTS // elements_of_one)
         parts = zip(
+            self.segment.split(size),
             self.index.split(size),
             self.real.split(size),
-            self.sample.split(size),
             strict=True,
         )
         return (Bucket(*part) for part in parts)
@@ -145,24 +147,55 @@ def squared_norms(
         biases: Whether the biases are trained.
 
     Returns:
-        [batch], in at least float32.
+        [batch] float64, of products in at least float32.
     """
+    norms = torch.zeros(segments.batch, dtype=torch.float64, device=g_SO.device)
+    g_SO = wide(g_SO)
+    if weights:
+        norms.index_add_(0, segments.sample, _weight_norms(wide(a_SI), g_SO, segments))
+    if biases:
+        sums_MO = torch.segment_reduce(g_SO, "sum", lengths=segments.length, axis=0)
+        norms.index_add_(0, segments.sample, sums_MO.pow_(2).sum(1, dtype=torch.float64))
+    return norms
+
+
+def _weight_norms(a_SI: Tensor, g_SO: Tensor, segments: Segments) -> Tensor:
+    """‖Σ_s g_s·a_sᵀ‖² of each segment, [M] float64."""
+    if kernels.usable(a_SI, g_SO):
+        return _compiled_norms(a_SI, g_SO, segments)
+    return _gathered_norms(a_SI, g_SO, segments)
+
+
+def _compiled_norms(a_SI: Tensor, g_SO: Tensor, segments: Segments) -> Tensor:
     inputs, outputs = a_SI.shape[1], g_SO.shape[1]
-    norms = wide(a_SI.new_zeros(segments.batch))
+    norms_M = torch.empty(len(segments.length), dtype=torch.float64)
+    long_M = segments.length * (inputs + outputs) > 2 * inputs * outputs
+    short_M = ~long_M
+    norms_M[short_M] = kernels.squared_norms(
+        a_SI, g_SO, segments.start[short_M], segments.length[short_M]
+    )
+    if long_M.any():
+        formed = torch.empty(outputs, inputs, dtype=g_SO.dtype)
+        for segment in long_M.nonzero().squeeze(1).tolist():
+            first = int(segments.start[segment])
+            rows = slice(first, first + int(segments.length[segment]))
+            torch.mm(g_SO[rows].T, a_SI[rows], out=formed)
+            norms_M[segment] = formed.pow_(2).sum(dtype=torch.float64)
+    return norms_M
+
+
+def _gathered_norms(a_SI: Tensor, g_SO: Tensor, segments: Segments) -> Tensor:
+    inputs, outputs = a_SI.shape[1], g_SO.shape[1]
+    norms_M = torch.empty(len(segments.length), dtype=torch.float64, device=g_SO.device)
     for bucket in segments.buckets:
         rows = bucket.index.shape[1]
         ghost = rows * (inputs + outputs) < inputs * outputs
+        product = _ghost_norms if ghost else _formed_norms
         for chunk in bucket.chunks(rows * (inputs + outputs) if ghost else inputs * outputs):
-            g_MLO = wide(g_SO[chunk.index])
-            real_M1L = chunk.real[:, None].to(g_MLO.dtype)
-            if weights:
-                a_MLI = wide(a_SI[chunk.index])
-                product = _ghost_norms if ghost else _direct_norms
-                norms.index_add_(0, chunk.sample, product(a_MLI, g_MLO, real_M1L))
-            if biases:
-                sums_MO = torch.bmm(real_M1L, g_MLO).squeeze(1)
-                norms.index_add_(0, chunk.sample, sums_MO.pow_(2).sum(1))
-    return norms
+            real_M1L = chunk.real[:, None].to(g_SO.dtype)
+            norms = product(a_SI[chunk.index], g_SO[chunk.index], real_M1L)
+            norms_M[chunk.segment] = norms.double()
+    return norms_M
 
 
 def _ghost_norms(a_MLI: Tensor, g_MLO: Tensor, real_M1L: Tensor) -> Tensor:
@@ -173,5 +206,5 @@ def _ghost_norms(a_MLI: Tensor, g_MLO: Tensor, real_M1L: Tensor) -> Tensor:
     return squared_norms_of_pairs(pairs_MLL)
 
 
-def _direct_norms(a_MLI: Tensor, g_MLO: Tensor, real_M1L: Tensor) -> Tensor:
+def _formed_norms(a_MLI: Tensor, g_MLO: Tensor, real_M1L: Tensor) -> Tensor:
     return torch.bmm(g_MLO.transpose(1, 2) * real_M1L, a_MLI).pow_(2).sum((1, 2))

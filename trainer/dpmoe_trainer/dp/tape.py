@@ -14,31 +14,22 @@ the clip factors are known, into the clipped weight gradient (book-keeping: Bu e
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dpmoe_trainer.dp.errors import NotPerSample, UncoveredParameter
+from dpmoe_trainer.dp.shared import Shared
+from dpmoe_trainer.dp.uses import Clippable, Use, tied_squared_norms, wide
 
 Rule = Callable[..., Tensor]
 """Called with the tape and then exactly as the torch function that it stands for."""
-
-# Reading a parameter's metadata tells nothing that a gradient could flow through.
-_METADATA = {
-    getattr(torch.Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_meta")
-} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in at least float32: norms and sums are never formed in half precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Kept:
@@ -68,43 +59,48 @@ class Kept:
         return None if self._tensor.is_inference() else self._tensor._version
 
 
-class Use(ABC):
-    """One use of trained parameters, from its output's gradient to its clipped gradient sum."""
-
-    @abstractmethod
-    def squared_norms(self, gradient: Tensor) -> Tensor:
-        """Takes the loss gradient of the output; returns this use's part of ‖∇ℓ_b‖², [batch]."""
-
-    @abstractmethod
-    def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
-        """Σ_b factors[b]·∇ℓ_b for each parameter of this use, by parameter name."""
-
-
 class Tape:
     """Collects the uses of the trained parameters during one forward and backward pass.
 
     Attributes:
         batch: Samples in the batch, B.
-        length: Tokens of each sample, padding included, T.
-        squared_norms: Each sample's ‖∇ℓ_b‖² so far, [B] float64.
-        fired: The uses whose output received a gradient.
+        lengths: How many tokens a sample has, padding included: T, and those of a decoder.
+        device: Where the batch is.
+        fired: What received a gradient, in the backward pass's order.
     """
 
     _active: Tape | None = None
 
-    def __init__(
-        self, trained: Mapping[str, nn.Parameter], batch: int, length: int, device: torch.device
-    ) -> None:
-        self.batch = batch
-        self.length = length
-        self.squared_norms = torch.zeros(batch, dtype=torch.float64, device=device)
-        self.fired: list[Use] = []
+    def __init__(self, trained: Mapping[str, nn.Parameter], inputs: Collection[Tensor]) -> None:
+        first = next(iter(inputs))
+        self.batch = first.shape[0]
+        self.lengths = frozenset(entry.shape[1] for entry in inputs if entry.dim() > 1)
+        self.device = first.device
+        self.fired: list[Clippable] = []
+        self._inputs = list(inputs)
+        self._squared_norms = torch.zeros(self.batch, dtype=torch.float64, device=self.device)
         self._trained = {
             id(parameter): (name, parameter, parameter.detach())
             for name, parameter in trained.items()
         }
-        self._claimed: dict[str, str] = {}
+        self._uses: dict[str, list[str]] = {name: [] for name in trained}
+        self._tied: dict[str, list[Use]] = {}
+        self._replays = False
+        self._start(self._keep)
+
+    def _start(self, receive: Callable[[Use], None]) -> None:
+        self._receive = receive
+        self._claims: Counter[str] = Counter()
+        self._aliases: dict[int, tuple[str, Tensor]] = {}
+        self._shared: dict[int, tuple[Tensor, Shared]] = {}
         self._gram: tuple[Tensor, Tensor] | None = None
+
+    def replay(self, receive: Callable[[Use], None]) -> Tape:
+        """A tape for a part of the forward pass that is run again, whose uses go to `receive`."""
+        tape = copy(self)
+        tape._replays = True
+        tape._start(receive)
+        return tape
 
     @classmethod
     def active(cls) -> Tape:
@@ -113,13 +109,12 @@ class Tape:
         return cls._active
 
     @contextmanager
-    def watching(self, rules: dict[Callable[..., Any], Rule]) -> Iterator[None]:
-        """Sends every torch call that touches a trained parameter to its rule."""
+    def running(self) -> Iterator[None]:
+        """Makes this the active tape."""
         assert Tape._active is None, "tapes do not nest"
         Tape._active = self
         try:
-            with _Watch(self, rules):
-                yield
+            yield
         finally:
             Tape._active = None
 
@@ -135,61 +130,121 @@ class Tape:
                 stack.callback(parameter.register_hook(partial(_refuse_gradient, name)).remove)
             yield
 
+    # Parameters, and what a model derives from them.
+
     def claim(self, parameter: Tensor | None, use: str) -> tuple[str | None, Tensor | None]:
-        """Takes a parameter for a rule: its name (None if frozen) and the value to compute with.
-
-        Raises:
-            UncoveredParameter: The parameter was used before in this forward pass: the norm of a
-                sum of two gradients is not the sum of their norms.
-        """
-        if parameter is None or id(parameter) not in self._trained:
+        """Takes a parameter for a rule: its name (None if frozen) and the value to compute with."""
+        if parameter is None or not self.is_trained(parameter):
             return None, parameter
-        name, _, value = self._trained[id(parameter)]
-        if name in self._claimed:
-            raise UncoveredParameter(
-                f"parameter {name!r} is used twice in one forward pass ({self._claimed[name]}, "
-                f"then {use}), and tied weights are not supported: untie or freeze it"
-            )
-        self._claimed[name] = use
-        return name, value
+        name = self.name_of(parameter)
+        self._claims[name] += 1
+        if not self._replays:
+            self._uses[name].append(use)
+        if id(parameter) in self._aliases:
+            return name, parameter
+        return name, self._trained[id(parameter)][2]
 
-    def record(self, output: Tensor, use: Use) -> Tensor:
-        """Has `use` receive the gradient of `output` in the backward pass."""
-        if not output.requires_grad:
-            output.requires_grad_()
-        output.register_hook(partial(self._receive, use))
-        return output
+    def alias(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """Has `value`, such as the parameter in another dtype, stand for the parameter."""
+        value = value.detach()
+        self._aliases[id(value)] = (self.name_of(parameter), value)
+        return value
 
-    def _receive(self, use: Use, gradient: Tensor) -> None:
-        self.squared_norms += use.squared_norms(gradient)
-        self.fired.append(use)
+    def share(self, shared: Shared) -> Tensor:
+        """Follows a value that all samples share from here on."""
+        self._shared[id(shared.value)] = (shared.value, shared)
+        return shared.value
+
+    def shared(self, tensor: Any) -> Shared | None:
+        """What is known of a tensor, if it is a value that all samples share."""
+        found = self._shared.get(id(tensor))
+        return None if found is None else found[1]
+
+    def value_of(self, parameter: Tensor) -> Tensor:
+        """The detached value of a trained parameter or of an alias of one."""
+        return parameter if id(parameter) in self._aliases else self._trained[id(parameter)][2]
 
     def is_trained(self, tensor: Any) -> bool:
-        """Whether this is one of the trained parameters."""
-        return id(tensor) in self._trained
-
-    def trained_in(self, arguments: Any) -> Iterator[Tensor]:
-        """The trained parameters among a call's arguments, containers included."""
-        if isinstance(arguments, Tensor):
-            if self.is_trained(arguments):
-                yield arguments
-        elif isinstance(arguments, (list, tuple)):
-            for argument in arguments:
-                yield from self.trained_in(argument)
-        elif isinstance(arguments, dict):
-            yield from self.trained_in(tuple(arguments.values()))
-
-    def is_claimed(self, parameter: Tensor) -> bool:
-        """Whether a rule has taken this trained parameter."""
-        return self.name_of(parameter) in self._claimed
+        """Whether this is one of the trained parameters, or stands for one."""
+        return id(tensor) in self._trained or id(tensor) in self._aliases
 
     def name_of(self, parameter: Tensor) -> str:
         """A trained parameter's name in the model."""
-        return self._trained[id(parameter)][0]
+        found = self._trained.get(id(parameter)) or self._aliases.get(id(parameter))
+        if found is not None:
+            return found[0]
+        return self._shared[id(parameter)][1].name
+
+    def touched_in(self, arguments: Any) -> list[Tensor]:
+        """The trained parameters and what is made of them among arguments, containers included."""
+        touched: list[Tensor] = []
+        # Every torch call of the model comes by here, so this is a loop over identities.
+        remaining = [arguments]
+        for argument in remaining:
+            if isinstance(argument, (list, tuple)):
+                remaining.extend(argument)
+            elif isinstance(argument, dict):
+                remaining.extend(argument.values())
+            elif (
+                id(argument) in self._trained
+                or id(argument) in self._aliases
+                or id(argument) in self._shared
+            ):
+                touched.append(argument)
+        return touched
+
+    def claims(self, parameter: Tensor) -> int:
+        """How often rules have taken this trained parameter."""
+        return self._claims[self.name_of(parameter)]
 
     def unclaimed(self) -> list[str]:
         """Trained parameters that the forward pass did not use."""
-        return [name for name, _, _ in self._trained.values() if name not in self._claimed]
+        return [name for name, uses in self._uses.items() if not uses]
+
+    def is_tied(self, name: str) -> bool:
+        """Whether the forward pass used a parameter more than once."""
+        return len(self._uses[name]) > 1
+
+    # Uses, from the forward pass to the norms.
+
+    def record(self, output: Tensor, use: Use) -> Tensor:
+        """Has `use` receive the gradient of `output`, if there is to be a backward pass."""
+        if not torch.is_grad_enabled():
+            return output
+        if not output.requires_grad:
+            output.requires_grad_()
+        output.register_hook(partial(self._hand_over, use))
+        return output
+
+    def _hand_over(self, use: Use, gradient: Tensor) -> None:
+        use.gradient = gradient
+        self._receive(use)
+
+    def _keep(self, use: Use) -> None:
+        self.add_norms(use)
+        self.fired.append(use)
+
+    def add_norms(self, use: Use) -> None:
+        """Adds a use's part of the squared norms; one of a tied parameter waits for the others."""
+        tied = [name for name in use.names if self.is_tied(name)]
+        for name in tied:
+            self._tied.setdefault(name, []).append(use)
+        if not tied:
+            self._squared_norms += use.squared_norms()
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """‖∇ℓ_b‖, [B] float64, when the backward pass is over."""
+        while self._tied:
+            _, uses = self._tied.popitem()
+            self._squared_norms += tied_squared_norms(uses)
+        return self._squared_norms.clamp_min(0).sqrt()
+
+    # Rows.
+
+    def holds(self, ids: Tensor) -> bool:
+        """Whether these are ids that the batch came with."""
+        return any(_same_memory(ids, entry) for entry in self._inputs)
 
     def by_sample(self, rows: Tensor) -> Tensor:
         """Views [B, T, …, D] or [B·T, D] rows as [B, rows of a sample, D].
@@ -197,13 +252,30 @@ class Tape:
         Raises:
             NotPerSample: The rows are neither; which sample a row belongs to is then unknown.
         """
-        if rows.dim() >= 2 and (
-            rows.shape[0] == self.batch or tuple(rows.shape[:-1]) == (self.batch * self.length,)
-        ):
+        if rows.dim() >= 2 and (rows.shape[0] == self.batch or self._is_flat(rows)):
             return rows.reshape(self.batch, -1, rows.shape[-1])
         raise NotPerSample(
             "a trained layer got rows that are neither [B, T, …, D] nor [B·T, D], so a row's "
             "sample is unknown: freeze that layer"
+        )
+
+    def sample_of(self, tokens_ND: Tensor) -> Tensor:
+        """The sample of each of [B·T, D] tokens, [N].
+
+        Raises:
+            NotPerSample: They are not the batch's tokens.
+        """
+        if not self._is_flat(tokens_ND):
+            raise NotPerSample(
+                "an experts layer got other tokens than the batch's B·T, so a token's sample is "
+                "unknown"
+            )
+        samples = torch.arange(self.batch, device=tokens_ND.device)
+        return samples.repeat_interleave(tokens_ND.shape[0] // self.batch)
+
+    def _is_flat(self, rows: Tensor) -> bool:
+        return rows.dim() == 2 and any(
+            rows.shape[0] == self.batch * length for length in self.lengths
         )
 
     def gram(self, rows: Tensor) -> Tensor:
@@ -211,33 +283,6 @@ class Tape:
         if self._gram is None or not _same_memory(self._gram[0], rows):
             self._gram = (rows, wide(rows) @ wide(rows).transpose(1, 2))
         return self._gram[1]
-
-
-class _Watch(TorchFunctionMode):
-    """Sends every torch call that touches a trained parameter to its rule."""
-
-    def __init__(self, tape: Tape, rules: dict[Callable[..., Any], Rule]) -> None:
-        super().__init__()
-        self._tape = tape
-        self._rules = rules
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        touched = [*self._tape.trained_in(args), *self._tape.trained_in(kwargs)]
-        if not touched or function in _METADATA:
-            return function(*args, **kwargs)
-        rule = self._rules.get(function)
-        if rule is not None:
-            output = rule(self._tape, *args, **kwargs)
-            if all(self._tape.is_claimed(parameter) for parameter in touched):
-                return output
-        names = ", ".join(repr(self._tape.name_of(parameter)) for parameter in touched)
-        raise UncoveredParameter(
-            f"trained parameter {names} is used by {getattr(function, '__name__', function)}, for "
-            "which there is no per-sample norm: freeze it, or add a rule to dpmoe_trainer.dp.rules"
-        )
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

@@ -40,11 +40,7 @@ def sum_clipped(
         clipping_norm: C.
         physical_batch: most rows that go through the model at once.
     """
-    total = {
-        name: torch.zeros_like(parameter, dtype=torch.float32)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    total: Gradients = {}
     singles: list[int] = []
     for unit in units:
         if len(unit) == 1:
@@ -53,6 +49,12 @@ def sum_clipped(
             _add(total, _clipped_mean(model, rows, unit, clipping_norm, physical_batch))
     for batch in rows.physical_batches(singles, physical_batch):
         _add(total, clipped_sum(model, batch, clipping_norm)[0])
+    if not total:
+        total = {
+            name: torch.zeros_like(parameter, dtype=torch.float32)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
     return total
 
 
@@ -63,8 +65,7 @@ def _clipped_mean(
     mean: Gradients = {}
     for batch in rows.physical_batches(unit, physical_batch):
         unclipped, _ = clipped_sum(model, batch, math.inf)
-        for name, gradient in unclipped.items():
-            mean[name] = mean[name] + gradient if name in mean else gradient
+        _add(mean, unclipped)
     for gradient in mean.values():
         gradient /= len(unit)
     # In double precision: float32 loses the small among many squares, and would clip too little.
@@ -79,8 +80,13 @@ def _clipped_mean(
 
 
 def _add(total: Gradients, more: Gradients) -> None:
-    for name, gradient in more.items():
-        total[name] += gradient
+    """Adds in place, and frees what was added on the way."""
+    for name in list(more):
+        gradient = more.pop(name)
+        if name in total:
+            total[name] += gradient
+        else:
+            total[name] = gradient
 
 
 class Updater:
@@ -110,9 +116,9 @@ class Updater:
         )
 
     def update(self, noised: Gradients) -> None:
-        """Makes one step."""
+        """Makes one step; the sums are divided in place."""
         for name, parameter in self._trained.items():
-            parameter.grad = (noised[name] / self._expected_batch).to(parameter.dtype)
+            parameter.grad = noised[name].div_(self._expected_batch).to(parameter.dtype)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
@@ -134,5 +140,9 @@ def _optimizer(parameters: Sequence[nn.Parameter], plan: OptimizerPlan) -> torch
             weight_decay=plan.weight_decay,
         )
     return torch.optim.AdamW(
-        parameters, lr=plan.learning_rate, betas=ADAM_BETAS, weight_decay=plan.weight_decay
+        parameters,
+        lr=plan.learning_rate,
+        betas=ADAM_BETAS,
+        weight_decay=plan.weight_decay,
+        fused=True,
     )

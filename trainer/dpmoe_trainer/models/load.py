@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -31,7 +32,8 @@ def load_model(
 
     Args:
         source: A folder with a model's files, or a hub id together with `revision`.
-        num_labels: Classes of a sequence classifier; None for a causal language model.
+        num_labels: Classes of a sequence classifier; None for a language model, causal or with
+            encoder and decoder.
         revision: The hub commit to use.
         dtype: What the parameters are kept in.
 
@@ -46,7 +48,9 @@ def load_model(
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UnusableModel(f"{folder}: transformers cannot read config.json: {error}") from error
-    if num_labels is None:
+    if num_labels is None and getattr(config, "is_encoder_decoder", False):
+        factory = AutoModelForSeq2SeqLM
+    elif num_labels is None:
         factory = AutoModelForCausalLM
     else:
         factory = AutoModelForSequenceClassification

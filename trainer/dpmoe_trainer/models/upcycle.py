@@ -1,4 +1,4 @@
-"""Sparse upcycling: a dense BERT checkpoint becomes a mixture of experts.
+"""Sparse upcycling: a dense BERT or decoder checkpoint becomes a mixture of experts.
 
 Each chosen layer's feed-forward network is copied into E experts under a fresh router (Komatsuzaki
 et al. 2023, "Sparse Upcycling", arXiv 2212.05055). Weights of a token's experts sum to one, so
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, BertModel
+from transformers import AutoConfig, BertModel, PreTrainedModel
 
 from dpmoe_trainer.models.bert_moe import (
     DPMoEBertConfig,
@@ -21,6 +21,7 @@ from dpmoe_trainer.models.bert_moe import (
     DPMoEBertLayer,
 )
 from dpmoe_trainer.models.checkpoint import UnusableModel, inspect_folder, require_complete
+from dpmoe_trainer.models.upcycle_decoder import DECODERS, upcycle_decoder
 
 _INIT_STD = 0.02
 _NOT_CARRIED_OVER = (
@@ -37,34 +38,44 @@ def upcycle(
     experts: int,
     top_k: int,
     layers: Sequence[int],
-    num_labels: int,
+    num_labels: int | None,
     seed: int,
     perturbation: float = 0.01,
-) -> DPMoEBertForSequenceClassification:
-    """Makes a mixture-of-experts classifier from a dense BERT checkpoint.
+) -> PreTrainedModel:
+    """Makes a mixture of experts from a dense checkpoint.
+
+    A BERT becomes our own `DPMoEBertForSequenceClassification`; Llama and Mistral become Mixtral
+    and Qwen3 becomes Qwen3-MoE, as transformers knows them.
 
     Args:
         dense_dir: Folder with the checkpoint, in safetensors.
         experts: E, experts of each chosen layer.
         top_k: Experts that compute a token, at most E.
-        layers: Which layers get experts, from 0.
-        num_labels: Classes of the new head.
+        layers: Which layers get experts, from 0; for a Mixtral that must be all.
+        num_labels: Classes of the new head; None keeps a decoder's own, for language modelling.
         seed: Seeds the router, the head and the perturbation.
         perturbation: Standard deviation of the noise on the experts' weights, relative to the
             weights' own; zero leaves equal copies.
 
     Raises:
-        UnusableModel: The folder is refused (`inspect_folder`), or its model is not a BERT.
+        UnusableModel: The folder is refused (`inspect_folder`), or its model is none of these.
         ValueError: Expert, layer or label counts do not fit together.
     """
     folder = inspect_folder(Path(dense_dir))
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if config.model_type != "bert" or config.is_decoder:
+    if config.model_type not in (*DECODERS, "bert") or getattr(config, "is_decoder", False):
         raise UnusableModel(
-            f"{folder}: upcycling takes a dense BERT encoder, and this is a "
-            f"{config.model_type!r} (is_decoder {getattr(config, 'is_decoder', False)})"
+            f"{folder}: upcycling takes a dense BERT encoder, or one of {', '.join(DECODERS)}; "
+            f"this is a {config.model_type!r} (is_decoder {getattr(config, 'is_decoder', False)})"
         )
     _check_shape(experts, top_k, layers, num_labels, config.num_hidden_layers)
+    generator = torch.Generator().manual_seed(seed)
+    if config.model_type in DECODERS:
+        return upcycle_decoder(
+            folder, config, experts, top_k, layers, num_labels, generator, perturbation
+        )
+    if num_labels is None:
+        raise ValueError("num_labels is None, and a BERT has no head of its own: give the classes")
     dense, loading = BertModel.from_pretrained(
         folder,
         config=config,
@@ -79,12 +90,12 @@ def upcycle(
         _moe_config(config, experts, top_k, layers, num_labels)
     )
     _copy_dense(dense, model)
-    _initialise_new(model, torch.Generator().manual_seed(seed), perturbation)
+    _initialise_new(model, generator, perturbation)
     return model.eval()
 
 
 def _check_shape(
-    experts: int, top_k: int, layers: Sequence[int], num_labels: int, dense_layers: int
+    experts: int, top_k: int, layers: Sequence[int], num_labels: int | None, dense_layers: int
 ) -> None:
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k is {top_k} of {experts} experts: choose 1 ≤ top_k ≤ experts")
@@ -92,7 +103,7 @@ def _check_shape(
         raise ValueError(
             f"layers are {list(layers)}: choose distinct ones of 0 to {dense_layers - 1}"
         )
-    if num_labels < 2:
+    if num_labels is not None and num_labels < 2:
         raise ValueError(f"num_labels is {num_labels}: a classifier has at least 2")
 
 

@@ -1,15 +1,17 @@
-"""Fused experts: the 3-D weights that one routed layer keeps for all its experts.
+"""Experts: linear layers of which each row uses the one that it was routed to.
 
-Registered with transformers as the experts implementation `dpmoe`, which every model family whose
-experts module carries `@use_experts_implementation` can run: gated or not, with or without biases,
-weights stored either way round. Rows are computed in (expert, sample) order, so that a sample's
-rows at an expert are one segment (`dp.segments`).
+Rows are computed in (expert, sample) order, so that a sample's rows at an expert are one segment
+(`dp.segments`). The fused 3-D weights of most families are reached through the seam that
+transformers has for them: this module is the experts implementation `dpmoe`, which every family
+whose experts module carries `@use_experts_implementation` can run, gated or not, with or without
+biases, weights stored either way round.
 
 Shapes: N tokens, K experts of each, S = N·K rows, E experts, D hidden, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,63 +19,74 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dpmoe_trainer.dp.errors import NotPerSample
+from dpmoe_trainer.dp.rules.lora import ExpertAdapter, adapted
 from dpmoe_trainer.dp.segments import Segments, squared_norms
-from dpmoe_trainer.dp.tape import Kept, Tape, Use, wide
+from dpmoe_trainer.dp.tape import Kept, Tape
+from dpmoe_trainer.dp.uses import Use, wide
 
 IMPLEMENTATION = "dpmoe"
 
+Store = Callable[[Tensor], dict[str, Tensor]]
+"""Gives a sum over all experts to the parameters that hold it."""
 
-class ExpertLayer(Use):
-    """W of shape [E, O, I] (or [E, I, O], where the family stores it so), and b of shape [E, O].
 
-    A frozen one of the two has no name here.
-    """
+class ExpertWeights(Use):
+    """Weights of shape [E, O, I], or [E, I, O] where the family stores them so."""
 
     def __init__(
         self,
-        weight_name: str | None,
-        bias_name: str | None,
+        names: Sequence[str],
+        store: Store,
         rows_SI: Tensor,
         segments: Segments,
-        inputs_first: bool,
+        inputs_first: bool = False,
+        trained_E: Tensor | None = None,
     ) -> None:
-        self._weight_name = weight_name
-        self._bias_name = bias_name
+        self.names = tuple(names)
+        self._store = store
         self._input = Kept(rows_SI)
         self._segments = segments
         self._inputs_first = inputs_first
+        self._trained_E = trained_E
 
-    def squared_norms(self, gradient: Tensor) -> Tensor:
-        """Σ_e ‖G_be‖² over the sample's segments."""
-        self._g_SO = gradient
-        weights, biases = self._weight_name is not None, self._bias_name is not None
-        return squared_norms(self._input.value(), gradient, self._segments, weights, biases)
+    def squared_norms(self) -> Tensor:
+        """Σ_e ‖G_be‖² over the sample's segments at trained experts."""
+        g_SO = self.gradient
+        if self._trained_E is not None:
+            experts_S = self._segments.expert.repeat_interleave(self._segments.length)
+            g_SO = g_SO.masked_fill(~self._trained_E[experts_S, None], 0)
+        return squared_norms(self._input.value(), g_SO, self._segments, True, False)
 
     def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
         """One product an expert over its rows; an expert without rows gets zeros."""
-        a_SI, g_SO = wide(self._input.value()), wide(self._g_SO)
-        factors_S = factors.to(a_SI.dtype)[self._segments.row_sample]
-        formed = {}
-        if self._bias_name is not None:
-            formed[self._bias_name] = self._by_expert(factors_S[:, None], g_SO).squeeze(1)
-        if self._weight_name is not None:
-            # Scaling the narrower operand is the cheaper.
-            if a_SI.shape[1] < g_SO.shape[1]:
-                a_SI = a_SI * factors_S[:, None]
-            else:
-                g_SO = g_SO * factors_S[:, None]
-            left, right = (a_SI, g_SO) if self._inputs_first else (g_SO, a_SI)
-            formed[self._weight_name] = self._by_expert(left, right)
-        return formed
+        a_SI, g_SO = wide(self._input.value()), wide(self.gradient)
+        factors_S1 = factors.to(a_SI.dtype)[self._segments.row_sample, None]
+        # Scaling the narrower operand is the cheaper.
+        if a_SI.shape[1] < g_SO.shape[1]:
+            a_SI = a_SI * factors_S1
+        else:
+            g_SO = g_SO * factors_S1
+        left, right = (a_SI, g_SO) if self._inputs_first else (g_SO, a_SI)
+        return self._store(_sums_by_expert(left, right, self._segments.rows_per_expert))
 
-    def _by_expert(self, left: Tensor, right: Tensor) -> Tensor:
-        """leftᵀ·right over each expert's rows, [E, …, …]."""
-        counts = self._segments.rows_per_expert
-        total = left.new_empty(len(counts), left.shape[1], right.shape[1])
-        parts = zip(left.split(counts), right.split(counts), total, strict=True)
-        for left_e, right_e, total_e in parts:
-            torch.mm(left_e.T, right_e, out=total_e)
-        return total
+
+class ExpertBiases(Use):
+    """Biases of shape [E, O]."""
+
+    def __init__(self, name: str, segments: Segments) -> None:
+        self.names = (name,)
+        self._segments = segments
+
+    def squared_norms(self) -> Tensor:
+        """Σ_e ‖Σ_s g_s‖² over the sample's segments."""
+        return squared_norms(self.gradient, self.gradient, self._segments, False, True)
+
+    def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
+        """One weighted sum an expert over its rows."""
+        g_SO = wide(self.gradient)
+        factors_S1 = factors.to(g_SO.dtype)[self._segments.row_sample, None]
+        total_E1O = _sums_by_expert(factors_S1, g_SO, self._segments.rows_per_expert)
+        return {self.names[0]: total_E1O.squeeze(1)}
 
 
 def experts_forward(
@@ -96,19 +109,15 @@ def experts_forward(
     """
     tape = Tape.active()
     _require_plain(module)
-    if len(hidden_states) != tape.batch * tape.length:
-        raise NotPerSample(
-            "an experts layer got other tokens than the batch's B·T, so a token's sample is unknown"
-        )
-    sample_N = torch.arange(tape.batch, device=hidden_states.device).repeat_interleave(tape.length)
+    sample_N = tape.sample_of(hidden_states)
     segments = Segments.of(top_k_index, sample_N, module.num_experts, tape.batch)
 
     x_SD = hidden_states.index_select(0, segments.token)
     if module.has_gate:
-        h_SF = module._apply_gate(_expert_linear(tape, module, "gate_up_proj", x_SD, segments))
+        h_SF = module._apply_gate(_fused_linear(tape, module, "gate_up_proj", x_SD, segments))
     else:
-        h_SF = module.act_fn(_expert_linear(tape, module, "up_proj", x_SD, segments))
-    y_SD = _expert_linear(tape, module, "down_proj", h_SF, segments)
+        h_SF = module.act_fn(_fused_linear(tape, module, "up_proj", x_SD, segments))
+    y_SD = _fused_linear(tape, module, "down_proj", h_SF, segments)
 
     y_SD = y_SD * top_k_weights.reshape(-1, 1).index_select(0, segments.slot)
     place_S = torch.empty_like(segments.slot)
@@ -125,50 +134,92 @@ def _require_plain(module: Any) -> None:
         raise NotPerSample(f"{name} normalises expert outputs, for which there is no rule")
 
 
-def _expert_linear(
+def _fused_linear(
     tape: Tape, module: nn.Module, kind: str, rows_SI: Tensor, segments: Segments
 ) -> Tensor:
     """Each expert's linear layer on its rows: parameters `kind` and `kind`_bias of the module."""
-    use = f"experts' {kind}"
-    weight_name, weight = tape.claim(getattr(module, kind), use)
-    bias_name, bias = tape.claim(getattr(module, f"{kind}_bias", None), use)
-    assert weight is not None, "experts have weights"
     inputs_first = bool(module.is_transposed)
-    output_SO = _ExpertProduct.apply(
-        rows_SI, weight if inputs_first else weight.transpose(1, 2), segments.rows_per_expert
-    )
+    name, weight = tape.claim(getattr(module, kind), f"experts' {kind}")
+    bias_name, bias = tape.claim(getattr(module, f"{kind}_bias", None), f"experts' {kind}")
+    assert weight is not None, "experts have weights"
+    output_SO = product(rows_SI, weight if inputs_first else weight.transpose(1, 2), segments)
+    if name is not None:
+        use = ExpertWeights([name], lambda total: {name: total}, rows_SI, segments, inputs_first)
+        tape.record(output_SO, use)
+    for adapter in adapted(module, kind):
+        output_SO = output_SO + _low_rank(tape, adapter, rows_SI, segments)
     if bias is not None:
         output_SO = output_SO + bias.index_select(0, segments.expert).repeat_interleave(
             segments.length, 0
+        ).to(output_SO.dtype)
+        if bias_name is not None:
+            tape.record(output_SO, ExpertBiases(bias_name, segments))
+    return output_SO
+
+
+def _low_rank(tape: Tape, adapter: ExpertAdapter, rows_SI: Tensor, segments: Segments) -> Tensor:
+    """scaling·B_e·(A_e·x) for the rows of each expert e."""
+    down_name, down = tape.claim(adapter.down, "an expert adapter")
+    up_name, up = tape.claim(adapter.up, "an expert adapter")
+    assert down is not None, "an adapter has weights"
+    assert up is not None, "an adapter has weights"
+    h_SR = product(rows_SI, adapter.by_expert_down(down).transpose(1, 2), segments)
+    if down_name is not None:
+        stored = ExpertWeights(
+            [down_name], lambda total: {down_name: adapter.as_down(total)}, rows_SI, segments
         )
-    if weight_name is None and bias_name is None:
-        return output_SO
-    layer = ExpertLayer(weight_name, bias_name, rows_SI, segments, inputs_first)
-    return tape.record(output_SO, layer)
+        tape.record(h_SR, stored)
+    output_SO = product(h_SR, adapter.by_expert_up(up).transpose(1, 2), segments)
+    if up_name is not None:
+        stored = ExpertWeights(
+            [up_name], lambda total: {up_name: adapter.as_up(total)}, h_SR, segments
+        )
+        tape.record(output_SO, stored)
+    return output_SO * adapter.scaling
+
+
+def product(rows_SI: Tensor, weights_EIO: Tensor | Sequence[Tensor], segments: Segments) -> Tensor:
+    """x·W_e for the rows of each expert e, in autocast's type where it is on."""
+    device = rows_SI.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        rows_SI = rows_SI.to(dtype)
+        weights_EIO = [weight.to(dtype) for weight in weights_EIO]
+    return _ExpertProduct.apply(rows_SI, weights_EIO, segments.rows_per_expert)
 
 
 class _ExpertProduct(torch.autograd.Function):
     """x·W_e for the rows of each expert e; differentiable in the rows only."""
 
     @staticmethod
-    def forward(ctx: Any, x_SI: Tensor, weight_EIO: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(weight_EIO)
-        ctx.counts = counts
-        return _products(x_SI, weight_EIO, counts)
+    def forward(
+        ctx: Any, x_SI: Tensor, weights_EIO: Tensor | Sequence[Tensor], counts: list[int]
+    ) -> Tensor:
+        ctx.weights, ctx.counts = weights_EIO, counts
+        return _products(x_SI, weights_EIO, counts)
 
     @staticmethod
     def backward(ctx: Any, gradient_SO: Tensor) -> tuple[Tensor, None, None]:
-        (weight_EIO,) = ctx.saved_tensors
-        return _products(gradient_SO, weight_EIO.transpose(1, 2), ctx.counts), None, None
+        weights_EOI = [weight_IO.T for weight_IO in ctx.weights]
+        return _products(gradient_SO, weights_EOI, ctx.counts), None, None
 
 
-def _products(x_SI: Tensor, weight_EIO: Tensor, counts: list[int]) -> Tensor:
-    output = x_SI.new_empty(x_SI.shape[0], weight_EIO.shape[2])
+def _products(x_SI: Tensor, weights_EIO: Tensor | Sequence[Tensor], counts: list[int]) -> Tensor:
+    output = x_SI.new_empty(x_SI.shape[0], weights_EIO[0].shape[1])
     for x_e, weight_e, output_e in zip(
-        x_SI.split(counts), weight_EIO, output.split(counts), strict=True
+        x_SI.split(counts), weights_EIO, output.split(counts), strict=True
     ):
         torch.mm(x_e, weight_e, out=output_e)
     return output
+
+
+def _sums_by_expert(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
+    """leftᵀ·right over each expert's rows, [E, …, …]."""
+    total = left.new_empty(len(counts), left.shape[1], right.shape[1])
+    parts = zip(left.split(counts), right.split(counts), total, strict=True)
+    for left_e, right_e, total_e in parts:
+        torch.mm(left_e.T, right_e, out=total_e)
+    return total
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -9,66 +9,72 @@ Shapes: B samples, T rows of each, I inputs, O outputs.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpmoe_trainer.dp import kernels
 from dpmoe_trainer.dp.ghost import squared_norms_of_pairs
-from dpmoe_trainer.dp.tape import Kept, Tape, Use, wide
+from dpmoe_trainer.dp.tape import Kept, Tape
+from dpmoe_trainer.dp.uses import Factors, Formed, Use, weighted_sum, wide
 
 
 class LinearWeight(Use):
     """W_OI, book-kept: inputs and output gradients wait until the clip factors are known."""
 
     def __init__(self, tape: Tape, name: str, rows: Tensor) -> None:
+        self.names = (name,)
         self._tape = tape
-        self._name = name
         self._input = Kept(rows)
         tape.by_sample(rows)  # Refused in the forward pass, where the layer is on the stack.
-        self._g_BTO: Tensor | None = None
         self._per_sample_BOI: Tensor | None = None
 
-    def squared_norms(self, gradient: Tensor) -> Tensor:
+    def squared_norms(self) -> Tensor:
         """Ghost norm, or the norm of the formed gradients where those are the smaller."""
-        x_BTI, g_BTO = self._tape.by_sample(self._input.value()), self._tape.by_sample(gradient)
+        x_BTI, g_BTO = self._rows()
         rows, inputs, outputs = x_BTI.shape[1], x_BTI.shape[2], g_BTO.shape[2]
         if rows * (inputs + outputs) < inputs * outputs:
-            self._g_BTO = g_BTO
+            if kernels.usable(wide(x_BTI), wide(g_BTO)):
+                return kernels.squared_norms_of_samples(wide(x_BTI), wide(g_BTO))
             pairs_BTT = wide(g_BTO) @ wide(g_BTO).transpose(1, 2)
             pairs_BTT *= self._tape.gram(x_BTI)
             return squared_norms_of_pairs(pairs_BTT)
         self._per_sample_BOI = wide(g_BTO).transpose(1, 2) @ wide(x_BTI)
+        del self.gradient
         return self._per_sample_BOI.pow(2).sum((1, 2))
 
     def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
         """One product over all rows, the narrower operand's scaled by their sample's factor."""
+        name = self.names[0]
         if self._per_sample_BOI is not None:
-            return {self._name: weighted_sum(factors, self._per_sample_BOI)}
-        assert self._g_BTO is not None, "the gradient was received"
-        x_BTI, g_BTO = wide(self._tape.by_sample(self._input.value())), wide(self._g_BTO)
+            return {name: weighted_sum(factors, self._per_sample_BOI)}
+        x_BTI, g_BTO = self._rows()
+        x_BTI, g_BTO = wide(x_BTI), wide(g_BTO)
         factors_B11 = factors.to(x_BTI.dtype)[:, None, None]
         if x_BTI.shape[2] < g_BTO.shape[2]:
             x_BTI = x_BTI * factors_B11
         else:
             g_BTO = g_BTO * factors_B11
-        return {self._name: g_BTO.flatten(0, 1).T @ x_BTI.flatten(0, 1)}
+        return {name: g_BTO.flatten(0, 1).T @ x_BTI.flatten(0, 1)}
+
+    def factors(self) -> Factors:
+        """Output gradients and inputs."""
+        x_BTI, g_BTO = self._rows()
+        return Factors(wide(g_BTO), wide(x_BTI))
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        return self._tape.by_sample(self._input.value()), self._tape.by_sample(self.gradient)
 
 
-class Bias(Use):
+class Bias(Formed):
     """A parameter that is added to every row: a sample's gradient is the sum of its rows'."""
 
     def __init__(self, tape: Tape, name: str) -> None:
+        super().__init__(name)
         self._tape = tape
-        self._name = name
 
-    def squared_norms(self, gradient: Tensor) -> Tensor:
-        """‖Σ_t g_t‖²."""
-        self._per_sample_BO = wide(self._tape.by_sample(gradient)).sum(1)
-        return self._per_sample_BO.pow(2).sum(1)
-
-    def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
-        """The samples' gradients, weighted."""
-        return {self._name: weighted_sum(factors, self._per_sample_BO)}
+    def form(self) -> Tensor:
+        """Σ_t g_t, [B, O]."""
+        return wide(self._tape.by_sample(self.gradient)).sum(1)
 
 
 def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -82,8 +88,3 @@ def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None
     if bias_name is not None:
         tape.record(output, Bias(tape, bias_name))
     return output
-
-
-def weighted_sum(factors: Tensor, per_sample: Tensor) -> Tensor:
-    """Σ_b factors[b]·per_sample[b]."""
-    return torch.tensordot(factors.to(per_sample.dtype), per_sample, dims=1)

@@ -12,27 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpmoe_trainer.dp.errors import UncoveredParameter
-from dpmoe_trainer.dp.rules.linear import Bias, weighted_sum
-from dpmoe_trainer.dp.tape import Kept, Tape, Use, wide
+from dpmoe_trainer.dp.rules.linear import Bias
+from dpmoe_trainer.dp.tape import Kept, Tape
+from dpmoe_trainer.dp.uses import Formed, wide
 
 
-class Scale(Use):
+class Scale(Formed):
     """A weight that multiplies every row elementwise."""
 
     def __init__(self, tape: Tape, name: str, scaled: Callable[[], Tensor]) -> None:
+        super().__init__(name)
         self._tape = tape
-        self._name = name
         self._scaled = scaled
 
-    def squared_norms(self, gradient: Tensor) -> Tensor:
-        """‖Σ_t g_t⊙x̂_t‖²."""
-        products = wide(gradient) * wide(self._scaled())
-        self._per_sample_BD = self._tape.by_sample(products).sum(1)
-        return self._per_sample_BD.pow(2).sum(1)
-
-    def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
-        """The samples' gradients, weighted."""
-        return {self._name: weighted_sum(factors, self._per_sample_BD)}
+    def form(self) -> Tensor:
+        """Σ_t g_t⊙x̂_t, [B, D]."""
+        return self._tape.by_sample(wide(self.gradient) * wide(self._scaled())).sum(1)
 
 
 def layer_norm(

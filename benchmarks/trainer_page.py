@@ -1,0 +1,76 @@
+"""The trainer's figures as a page of the documentation."""
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.common import Row, commit, figure, machine
+
+_NOTES = """\
+A ratio's unit is the same model's step in transformers (`grouped_mm` experts, fused AdamW) in the
+same process; all ways take turns, and medians are compared. *Clock* is elapsed time, which other
+work on the machine lengthens; *processor* is the process's own time. Both sides run with
+`keep_freed_memory`, which the trainer sets and which helps both.
+
+Memory is the most that three steps add to imports and weights, each way in a process of its own.
+*Two physical batches* is the low-memory mode: `physicalBatch` is half of the logical batch.
+
+Opacus cannot clip fused experts, so it runs on the same weights taken apart into linear layers.
+fastDP is not published as a package, and was not run.
+
+Noise is ChaCha20 under a key of its own for each (parameter, expert, step), in double precision.
+There is no faster mode that is not secure: this one costs no more than torch's own generator.
+"""
+
+
+def write_page(
+    path: Path,
+    rows: Sequence[Row],
+    packages: Sequence[str],
+    seed: int,
+    load: float,
+    versions: dict[str, str],
+) -> None:
+    """Writes the page.
+
+    Args:
+        path: where.
+        rows: the figures.
+        packages: whose versions matter.
+        seed: of the run.
+        load: the machine's load average when the run began.
+        versions: of what is no package.
+    """
+    host, measured = machine(), commit()
+    numbers = {"Python": platform.python_version()}
+    numbers |= {package: version(package) for package in packages} | versions
+    lines = [
+        "# Trainer: the price of privacy",
+        "",
+        f"Written by `python -m benchmarks.trainer --markdown {path}`.",
+        "",
+        f"- machine: {host['cpu']}, {host['cores']} cores, {host['memory'] / 2**30:.0f} GiB,"
+        f" {host['os']}, GPU {host['gpu'] or 'none'}",
+        f"- load average before and after: {load:.2f}, {os.getloadavg()[0]:.2f}",
+        f"- versions: {', '.join(f'{name} {number}' for name, number in numbers.items())}",
+        f"- commit {measured['commit'][:12]}{', modified' if measured['modified'] else ''};"
+        f" seed {seed}",
+        "",
+        _NOTES,
+        "| measured | ours | target | met | beside | |",
+        "|---|---:|---:|---|---:|---|",
+        *map(_line, rows),
+        "",
+    ]
+    path.write_text("\n".join(lines))
+
+
+def _line(row: Row) -> str:
+    sign = "≤" if row.better == "lower" else "≥"
+    target = "" if row.target is None else f"{sign} {figure(row.target)}"
+    met = {None: "", True: "yes", False: "**no**"}[row.met]
+    beside = "" if row.peer is None else figure(row.peer)
+    name = "" if row.peer is None else row.peer_name
+    return f"| {row.name} | {figure(row.ours)} {row.unit} | {target} | {met} | {beside} | {name} |"

@@ -1,0 +1,5 @@
+"""Compiles the kernels beside their sources, for an image whose containers have no compiler."""
+
+from dpmoe_trainer.dp.kernels.build import SOURCES, build
+
+print(build(SOURCES))

@@ -1,8 +1,9 @@
 """What this process may use of its machine, and how it uses the memory.
 
-The limits are those of its container (cgroup v2). A container sees all processors and all memory of its node. A pod of one processor that starts a
-thread for each of the node's 64 runs many times slower than with one, and a cache sized by the
-node's memory gets the pod killed, after its privacy was spent.
+The limits are those of its container (cgroup v2), which sees all processors and all memory of its
+node. A pod of one processor that starts a thread for each of the node's 64 runs many times slower
+than with one, and a cache sized by the node's memory gets the pod killed, after its privacy was
+spent.
 """
 
 import ctypes

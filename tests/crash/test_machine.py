@@ -355,5 +355,5 @@ class OperatorsUnderStress(RuleBasedStateMachine):
 
 TestOperatorsUnderStress = OperatorsUnderStress.TestCase
 TestOperatorsUnderStress.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True
+    max_examples=40, stateful_step_count=30, deadline=None, derandomize=True
 )

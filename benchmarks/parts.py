@@ -37,6 +37,7 @@ from dpmoe_operator.ledger.anchor import Anchor
 from dpmoe_operator.ledger.entry import in_entries
 from dpmoe_operator.ledger.log import Ledger, format_time
 from dpmoe_operator.local.stack import NAMESPACE, TRAINER_IMAGE, Stack
+from dpmoe_operator.scheduling.policies import warm_up
 
 TURNS = 3
 
@@ -62,6 +63,7 @@ async def _round(client: KubeClient, folder: Path, sizes: Sizes, out: Recorder) 
     )
     ledger = await _own_ledger(client, folder, "round")
     title = f"round of {sizes.waiting} jobs over {sizes.blocks} blocks"
+    warm_up(settings.policy)  # As the operator does when it starts.
 
     def snapshot() -> Snapshot:
         return picture.snapshot(ledger.state, datetime.now(UTC))
@@ -88,14 +90,19 @@ async def _round(client: KubeClient, folder: Path, sizes: Sizes, out: Recorder) 
 
 async def _projection(client: KubeClient, access: Access, count: int, out: Recorder) -> None:
     """The operator's writer of statuses, in turns with a bare client."""
-    applier = Applier(client, Picture(), identity="benchmark", leads=lambda: True)
+    picture = Picture()
+    picture.replace_all(await client.list(PRIVATE_BLOCKS), await client.list(DPMOE_JOBS))
+    picture.changed.clear()
+    applier = Applier(client, picture, identity="benchmark", leads=lambda: True)
     writers: dict[str, Write] = {"ours": applier.apply, "bare": partial(_bare, access)}
     rates: dict[str, list[float]] = {name: [] for name in writers}
     for _ in range(TURNS):
         for name, write in writers.items():
             actions = await _new_messages(client, count)
             with seconds() as writing:
-                await write(actions)
+                complete = await write(actions)
+            assert complete is not False, "what is new may not keep these writes from being made"
+            await _check_written(client, actions)
             rates[name].append(len(actions) / writing())
     ours, bare = (statistics.median(rates[name]) for name in writers)
     out.add(
@@ -107,6 +114,13 @@ async def _projection(client: KubeClient, access: Access, count: int, out: Recor
         peer=bare,
         peer_name="bare aiohttp; target is 80 % of it",
     )
+
+
+async def _check_written(client: KubeClient, actions: Sequence[SetStatus]) -> None:
+    """A write that the server refused would have cost little."""
+    jobs, _ = await client.list(DPMOE_JOBS, TEAM)
+    messages = {each["metadata"]["uid"]: each.get("status", {}).get("message") for each in jobs}
+    assert all(messages[each.uid] == each.patch["message"] for each in actions)
 
 
 async def _bare(access: Access, actions: Sequence[SetStatus]) -> None:

@@ -12,8 +12,9 @@ from tests.builders import NOW, MemoryStore, granted, opened, wrapped
 
 from dpmoe_operator.ledger import log
 from dpmoe_operator.ledger.anchor import Anchor
-from dpmoe_operator.ledger.entry import Unverified
+from dpmoe_operator.ledger.entry import LedgerError, Unverified
 from dpmoe_operator.ledger.log import Ledger, format_time
+from dpmoe_operator.ledger.verification import verify
 
 TIME = format_time(NOW)
 
@@ -29,6 +30,10 @@ class SlowStore(MemoryStore):
     async def create(self, manifest: Mapping[str, Any]) -> None:
         await self._meanwhile()
         await super().create(manifest)
+
+
+def in_order(store: MemoryStore) -> list[dict[str, Any]]:
+    return [manifest for _, manifest in sorted(store.log.items())]
 
 
 async def grant(ledger: Ledger, job: str) -> None:
@@ -62,4 +67,8 @@ async def test_entry_in_the_place_of_an_archived_one_takes_no_effect(
     fresh = Ledger(store, namespace="dpmoe-system", writer="fresh", anchor=anchor)
     await fresh.load()
     assert not fresh.state.knows("nobodys")
+    with pytest.raises(LedgerError, match="entry-000000000002: missing"):
+        verify(in_order(store))
     await grant(fresh, "job-12")
+    assert "entry-000000000001" not in store.log
+    assert verify(in_order(store)).state == fresh.state

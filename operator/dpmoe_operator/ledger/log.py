@@ -256,14 +256,20 @@ class Ledger:
         return missing
 
     async def _remove_before(self, boundary: int) -> None:
-        """Remove the entries before a checkpoint, each once the archive is seen to hold it."""
+        """Remove the entries before a checkpoint, each once the archive is seen to hold it.
+
+        An entry that took the number of an archived one goes too: it is in no chain, had no effect
+        (its writer could not anchor it), and would look like a fork when the log is put back.
+        """
         assert self.anchor is not None
         old = sorted(sequence for sequence in self._digests if sequence < boundary)
         if not old:
             return
         archived = await asyncio.to_thread(_digests_in, self.anchor, old[0], boundary)
         for sequence in old:
-            if archived.get(sequence) == self._digests[sequence]:
+            archive_has_it = archived.get(sequence) == self._digests[sequence]
+            stray = sequence in archived and sequence + 1 not in self._digests
+            if archive_has_it or stray:
                 await self._store.remove(entry_name(sequence))
                 del self._digests[sequence]
 

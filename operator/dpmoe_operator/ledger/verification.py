@@ -45,14 +45,14 @@ def verify(manifests: Sequence[Mapping[str, Any]]) -> Verified:
         raise LedgerError(
             entry_name(0), f"missing: the log begins with {entry_name(first)}, without a checkpoint"
         )
-    _check_chain(manifests[: starts[0]])
+    _check_chain(manifests[: starts[0] + 1])
     state = fold(manifests, start=starts[0])
     return Verified(state, first, _number_of(manifests[starts[0]]))
 
 
 def _check_chain(manifests: Sequence[Mapping[str, Any]]) -> None:
     previous = None
-    for number, manifest in enumerate(manifests, _number_of(manifests[0]) if manifests else 0):
+    for number, manifest in enumerate(manifests, _number_of(manifests[0])):
         if previous is None:
             previous = str(manifest["spec"].get("previous", GENESIS))
         previous = open_entry(manifest, sequence=number, previous=previous).digest

@@ -123,3 +123,26 @@ def policy(name: str) -> Policy:
             f"policy: {name!r} is unknown; choose one of {', '.join(sorted(POLICIES))}."
         )
     return POLICIES[name]
+
+
+def warm_up(name: str) -> None:
+    """Load or compile what a policy needs, so that the first jobs do not wait for it.
+
+    Raises:
+        ValueError: There is no such policy.
+    """
+    one, two = np.ones((1, 1), np.int64), np.array([0, 1], np.int64)
+    only = Round(
+        orders=np.array([2.0]),
+        demand=one,
+        indptr=two,
+        indices=two[:1],
+        capacity=one,
+        consumed=0 * one,
+        reserved=0 * one,
+        unlocked=one,
+        arrival=np.zeros(1),
+        weight=np.ones(1),
+        priority=two[:1],
+    )
+    policy(name).grant(only)

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 from tests.builders import ABSENT, OTHER_TEAM, TEAM, UNITS, Object, block, job
 from tests.crash.nodes import is_running
 from tests.crash.operators import Operator
-from tests.crash.wire import Fault
+from tests.crash.wire import Fault, met
 from tests.crash.world import World
 
 from dpmoe_operator.local.apiserver.deletion import Deletion
@@ -49,6 +49,7 @@ REFILLS: dict[str, Object] = {
 }
 """Manifests that would bring budget back: raised, and by another name for the same rows."""
 
+LEAST_KILLS = 500
 CRASHES = [fault for fault in Fault if fault.kills]
 NUMBERS = st.integers(0, 3)
 FAR = 12
@@ -255,6 +256,20 @@ class OperatorsUnderStress(RuleBasedStateMachine):
         self.operator(False).kill()
         self.world.start_operator({at: fault}).turn()
 
+    @rule(
+        deaths=st.lists(
+            st.tuples(st.sampled_from(CRASHES), st.integers(0, FAR)), min_size=3, max_size=8
+        )
+    )
+    def crash_loop(self, deaths: list[tuple[Fault, int]]) -> None:
+        """Each container dies at some call, and the next one goes on from there."""
+        for fault, at in deaths:
+            self.operator(False).kill()
+            self.world.start_operator({at: fault}).turn()
+            self.world.nodes.tick()
+            self.world.settle()
+            self.world.truth.check()
+
     @rule(second=st.booleans(), at=st.integers(0, FAR))
     def stand_still_in_a_round(self, second: bool, at: int) -> None:
         operator = self.operator(second)
@@ -353,7 +368,17 @@ class OperatorsUnderStress(RuleBasedStateMachine):
         raise AssertionError("never quiet")
 
 
-TestOperatorsUnderStress = OperatorsUnderStress.TestCase
-TestOperatorsUnderStress.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, derandomize=True
-)
+class TestOperatorsUnderStress(OperatorsUnderStress.TestCase):
+    """Runs the machine, and counts at how many points it killed an operator."""
+
+    settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
+
+    def runTest(self) -> None:  # noqa: N802 (unittest's name)
+        before = kills()
+        super().runTest()
+        assert kills() - before >= LEAST_KILLS
+
+
+def kills() -> int:
+    """How often operators were killed so far in this process."""
+    return sum(count for fault, count in met.items() if fault.kills)

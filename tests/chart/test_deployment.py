@@ -16,6 +16,9 @@ from dpmoe_trainer.contract import PROGRESS_PORT
 
 DEFAULTS = Settings(namespace="", trainer_image="")
 
+CACHE = "NUMBA_CACHE_DIR"
+"""A variable that numba reads, not the operator."""
+
 
 def pod(manifests: list[Manifest]) -> Manifest:
     spec: Manifest = only(manifests, "Deployment", "dpmoe-operator")["spec"]["template"]["spec"]
@@ -38,7 +41,7 @@ def parameters(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch) -> di
     group: Any = typer.main.get_command(app)
     command = group.commands[spec["args"][0]]
     known = {option.envvar for option in command.params}
-    assert {variable["name"] for variable in spec["env"]} <= known
+    assert {variable["name"] for variable in spec["env"]} - {CACHE} <= known
     understood: dict[str, Any] = command.make_context("operator", list(spec["args"][1:])).params
     return understood
 
@@ -113,11 +116,21 @@ def test_the_pod_passes_the_restricted_security_standard(full: list[Manifest]) -
     }
     assert not any("hostPort" in port for port in container(full)["ports"])
     assert "initContainers" not in pod(full)
-    assert [set(volume) for volume in pod(full)["volumes"]] == [{"name", "persistentVolumeClaim"}]
+    assert [set(volume) for volume in pod(full)["volumes"]] == [
+        {"name", "emptyDir"},
+        {"name", "persistentVolumeClaim"},
+    ]
+
+
+def test_machine_code_outlives_the_container(full: list[Manifest]) -> None:
+    volume, mount = pod(full)["volumes"][0], container(full)["volumeMounts"][0]
+    [path] = [v["value"] for v in container(full)["env"] if v["name"] == CACHE]
+    assert mount == {"name": volume["name"], "mountPath": path}
+    assert volume["emptyDir"] == {"sizeLimit": "64Mi"}
 
 
 def test_the_anchors_volume_is_where_the_operator_looks(full: list[Manifest]) -> None:
-    [volume], [mount] = pod(full)["volumes"], container(full)["volumeMounts"]
+    volume, mount = pod(full)["volumes"][1], container(full)["volumeMounts"][1]
     [path] = [v["value"] for v in container(full)["env"] if v["name"] == "DPMOE_ANCHOR"]
     assert mount == {"name": volume["name"], "mountPath": path}
     name = volume["persistentVolumeClaim"]["claimName"]
@@ -141,7 +154,7 @@ def test_the_default_storage_class_is_the_clusters(default: list[Manifest]) -> N
 def test_the_anchor_may_be_on_a_claim_that_is_there(helm: Helm) -> None:
     manifests = helm.render({"anchor": {"existingClaim": "offsite"}})
     assert "PersistentVolumeClaim" not in {manifest["kind"] for manifest in manifests}
-    [volume] = pod(manifests)["volumes"]
+    _, volume = pod(manifests)["volumes"]
     assert volume["persistentVolumeClaim"] == {"claimName": "offsite"}
 
 
@@ -152,8 +165,8 @@ def test_without_an_anchor_the_operator_is_told_so(
     understood = parameters(manifests, monkeypatch)
     assert (understood["anchor"], understood["no_anchor"]) == (None, True)
     assert "PersistentVolumeClaim" not in {manifest["kind"] for manifest in manifests}
-    assert "volumes" not in pod(manifests)
-    assert "volumeMounts" not in container(manifests)
+    assert [set(volume) for volume in pod(manifests)["volumes"]] == [{"name", "emptyDir"}]
+    assert len(container(manifests)["volumeMounts"]) == 1
     assert "fsGroup" not in pod(manifests)["securityContext"]
 
 

@@ -183,13 +183,14 @@ def operator_process(installation: Installation, port: int, log: Path) -> subpro
         else fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
         for variable in container["env"]
     }
-    [mount] = container["volumeMounts"]
-    assert variables["DPMOE_ANCHOR"] == mount["mountPath"]
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert mounts == [variables["NUMBA_CACHE_DIR"], variables["DPMOE_ANCHOR"]]
     anchor = log.with_name("anchor")
     anchor.mkdir()
     variables |= {
         "KUBECONFIG": str(installation.kubeconfig),
         "DPMOE_ANCHOR": str(anchor),
+        "NUMBA_CACHE_DIR": str(log.with_name("cache")),
         "DPMOE_LIVENESS": f"http://127.0.0.1:{port}/healthz",
     }
     with log.open("wb") as output:

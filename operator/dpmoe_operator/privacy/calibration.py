@@ -169,9 +169,7 @@ def _lowest(value: Callable[[float], float], orders: Sequence[float]) -> float:
     return orders[low]
 
 
-def _estimate(
-    sigma: float, delta: float, sampling_rate: float, steps: int, order: float
-) -> float:
+def _estimate(sigma: float, delta: float, sampling_rate: float, steps: int, order: float) -> float:
     """ε at an integer order α, in floating point.
 
     One step's divergence is ln Σ_k C(α,k) (1−q)^(α−k) q^k e^{(k²−k)/(2σ²)} / (α−1) (Mironov,

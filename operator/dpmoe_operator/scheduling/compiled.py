@@ -1,8 +1,9 @@
 """Loops that must see one task after the other, compiled to machine code by numba.
 
 A fill of 100,000 tasks takes a second in Python and a few hundredths compiled. Compilation happens
-at the first call (a second or so a function) and is cached beside the source where that can be
-written; in the operator's container, whose root is read-only, each process compiles once.
+at the first call (half a second or so a function) and is cached beside the source, or where
+NUMBA_CACHE_DIR says, as in the operator's container, whose root is read-only. Where nothing can be
+written each process compiles once.
 
 A function that is compiled here takes arrays and numbers only, always of the same types, calls no
 other of ours, and releases the interpreter's lock.

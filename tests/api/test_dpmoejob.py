@@ -143,6 +143,67 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
         "'1'",
         "below 1",
     ),
+    (
+        {"training": {"optimizer": {"name": "adam"}}},
+        "spec.training.optimizer.name",
+        "adam",
+        "'adambc'",
+    ),
+    (
+        {"privacy": {"clipping": {"groups": [{"parameters": ["*"]}]}}},
+        "spec.privacy.clipping.groups",
+        "1 groups",
+        "absent unless mode is per-group",
+    ),
+    (
+        {"privacy": {"clipping": {"mode": "per-group", "gamma": "0.1"}}},
+        "spec.privacy.clipping.gamma",
+        "'0.1'",
+        "absent unless mode is automatic",
+    ),
+    (
+        {"privacy": {"clipping": {"mode": "automatic", "gamma": "0"}}},
+        "spec.privacy.clipping.gamma",
+        "'0'",
+        "greater than 0",
+    ),
+    (
+        {
+            "privacy": {
+                "clipping": {
+                    "mode": "per-group",
+                    "groups": [{"parameters": ["*"], "weight": "0.0"}],
+                }
+            }
+        },
+        "spec.privacy.clipping.groups.weight",
+        "'0.0'",
+        "greater than 0",
+    ),
+    (
+        {"training": {"balancing": {"strength": "0.1"}}},
+        "spec.training.balancing.strength",
+        "'0.1'",
+        "absent for method none",
+    ),
+    (
+        {"training": {"balancing": {"method": "sequence", "through": "loss"}}},
+        "spec.training.balancing.through",
+        "'loss'",
+        "absent unless method is released-load",
+    ),
+    (
+        {"training": {"balancing": {"method": "sequence", "loadShare": "0.1"}}},
+        "spec.training.balancing.loadShare",
+        "'0.1'",
+        "absent unless method is released-load",
+    ),
+    (
+        {"training": {"balancing": {"method": "released-load", "loadShare": "1"}}},
+        "spec.training.balancing.loadShare",
+        "'1'",
+        "below 1",
+    ),
     ({"output": {"uri": "s3://b/x"}}, "spec.output", "claim, uri", "exactly one of claim, uri"),
     ({"output": {"claim": ABSENT}}, "spec.output", "nothing", "exactly one of"),
     ({"output": {"claim": {"path": "a/../b"}}}, "spec.output.claim.path", "a/../b", "'..'"),

@@ -1,6 +1,7 @@
 """Planning: what a plan pins and costs, and every reason why there is none, with its remedy."""
 
 import contextlib
+import json
 import math
 import re
 from typing import Any
@@ -32,6 +33,7 @@ from dpmoe_operator.privacy.calibration import epsilon_for
 from dpmoe_operator.privacy.mechanisms import demand
 from dpmoe_operator.privacy.orders import DEFAULT_ORDERS
 
+ADAMBC = {"name": "adambc", "learningRate": "0.001"}
 ACCOUNT = "claim://vault/data/reviews.jsonl"
 
 
@@ -151,6 +153,51 @@ def test_plan_carries_what_the_trainer_needs() -> None:
     assert written.evaluation.data.path == "/dpmoe/claims/public/test.csv"
     assert written.output is not None
     assert written.output.path == f"/dpmoe/outputs/results/{TEAM}/run"
+
+
+def test_plan_pins_clipping_and_balancing_with_their_defaults() -> None:
+    plain = plan(job(uid="u")).plan
+    assert plain.privacy.clipping is None
+    assert plain.training.balancing is None
+    # What is not asked for is not in the plan, so that older plans keep their digests.
+    assert "clipping" not in json.loads(plain.to_json())["privacy"]
+    assert "balancing" not in json.loads(plain.to_json())["training"]
+
+    groups = [{"parameters": ["*.experts.*"], "weight": "3"}, {"parameters": ["*"]}]
+    recipes = [
+        ({"clipping": {"mode": "flat"}}, {"balancing": {"method": "none"}}),
+        ({"clipping": {"mode": "automatic"}}, {"balancing": {"method": "sequence"}}),
+        ({"clipping": {"mode": "automatic", "gamma": "0.1"}}, {}),
+        ({"clipping": {"mode": "per-group"}}, {"balancing": {"method": "released-load"}}),
+        (
+            {"clipping": {"mode": "per-group", "groups": groups}},
+            {"balancing": {"method": "released-load", "through": "loss", "loadShare": "0.1"}},
+        ),
+        ({}, {"balancing": {"method": "sequence", "strength": "0.5"}, "optimizer": ADAMBC}),
+    ]
+    plans = [plan(job(uid="u", privacy=p, training=t)).plan for p, t in recipes]
+
+    def pinned(index: int) -> tuple[Any, Any]:
+        return plans[index].privacy.clipping, plans[index].training.balancing
+
+    assert plans[0].digest() == plain.digest()
+    assert len({each.digest() for each in plans}) == len(plans)
+    clipping, balancing = pinned(1)
+    assert (clipping.mode, clipping.gamma) == ("automatic", 0.01)
+    assert (balancing.method, balancing.strength, balancing.through) == ("sequence", 0.01, None)
+    assert pinned(2)[0].gamma == 0.1
+    clipping, balancing = pinned(3)
+    assert (clipping.mode, clipping.groups) == ("per-group", ())
+    assert (balancing.through, balancing.strength, balancing.load_share) == ("bias", 0.02, 0.02)
+    clipping, balancing = pinned(4)
+    assert [each.weight for each in clipping.groups] == [3, 1]
+    assert clipping.groups[0].parameters == ("*.experts.*",)
+    assert (balancing.through, balancing.strength, balancing.load_share) == ("loss", 0.01, 0.1)
+    assert pinned(5)[1].strength == 0.5
+    assert plans[5].training.optimizer.name == "adambc"
+    # Sensitivity is C in every mode, so none has another price.
+    mechanisms = [each.privacy.model_copy(update={"clipping": None}) for each in plans]
+    assert all(mechanism == plain.privacy for mechanism in mechanisms)
 
 
 def test_other_sources_and_targets() -> None:

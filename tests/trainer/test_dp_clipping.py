@@ -185,7 +185,7 @@ def test_an_expert_that_no_token_reached_has_a_zero_sum():
     batch = make_batch(model, 4, 6)
     counts = []
     handle = model.layers[1].router.register_forward_hook(
-        lambda module, inputs, output: counts.append(output[0].flatten().bincount(minlength=4))
+        lambda module, inputs, output: counts.append(output[2].flatten().bincount(minlength=4))
     )
     sums, _ = clipped_sum(model, batch, 1.0)
     handle.remove()

@@ -127,7 +127,7 @@ def per_token_clipping(patch):
 
     whole = ExpertWeights.clipped_sum
     patch.setattr(ExpertWeights, "clipped_sum", clipped_sum)
-    patch.setattr(engine, "clip_factors", lambda norms, bound: torch.full_like(norms, bound))
+    patch.setattr(engine, "clip_factors", lambda norms, bound, *how: torch.full_like(norms, bound))
 
 
 def noise_on_hit_experts_only(patch):

@@ -10,6 +10,8 @@ from transformers import MixtralConfig, MixtralForSequenceClassification
 
 from dpmoe_trainer.contract import OptimizerPlan
 from dpmoe_trainer.data.rows import Rows
+from dpmoe_trainer.dp.clipping import Automatic, Clipping, Flat, PerGroup
+from dpmoe_trainer.dp.routes import LoadQuery
 from dpmoe_trainer.evaluate import evaluate
 from dpmoe_trainer.methods.dp_sgd import Updater, learning_rate_factor, sum_clipped
 
@@ -68,16 +70,31 @@ def test_users_and_rows_are_clipped_as_what_they_are(
         torch.testing.assert_close(summed[name], total, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("clipping", [Flat(), PerGroup(), Automatic(1e-6)], ids=repr)
 def test_no_unit_moves_the_sum_by_more_than_the_clipping_norm(
-    model: MixtralForSequenceClassification, rows: Rows
+    model: MixtralForSequenceClassification, rows: Rows, clipping: Clipping
 ) -> None:
     units = [(0, 3, 4, 6), (1,), (2, 5)]
-    whole = sum_clipped(model, rows, units, 0.01, 2)
+    whole = sum_clipped(model, rows, units, 0.01, 2, clipping=clipping)
     for left_out in range(3):
         others = [unit for index, unit in enumerate(units) if index != left_out]
-        without = sum_clipped(model, rows, others, 0.01, 2)
+        without = sum_clipped(model, rows, others, 0.01, 2, clipping=clipping)
         moved = sum(float((whole[name] - without[name]).double().pow(2).sum()) for name in whole)
         assert math.sqrt(moved) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_a_users_load_is_the_mean_of_its_rows(
+    model: MixtralForSequenceClassification, rows: Rows
+) -> None:
+    loads = LoadQuery.of(model, 0.5)
+    user = sum_clipped(model, rows, [(0, 3, 4)], 0.3, 2, loads=loads)
+    each = [sum_clipped(model, rows, [(row,)], 0.3, 2, loads=loads) for row in (0, 3, 4)]
+    for name in loads.experts:
+        mean = torch.stack([one[name] for one in each]).mean(0)
+        torch.testing.assert_close(user[name], mean)
+    nothing = sum_clipped(model, rows, [], 0.3, 2, loads=loads)
+    assert nothing.keys() == user.keys()
+    assert all(not part.any() for part in nothing.values())
 
 
 def test_no_units_sum_to_zero(model: MixtralForSequenceClassification, rows: Rows) -> None:

@@ -124,6 +124,42 @@ class BlockPlan(Contract):
     data: DataPlan
 
 
+class ClippingGroup(Contract):
+    """Parameters that are clipped together: fnmatch patterns over their names.
+
+    `weight` is the group's share of C², relative to the other groups'.
+    """
+
+    parameters: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=253)], ...],
+        Field(min_length=1, max_length=64),
+    ]
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class ClippingPlan(Contract):
+    """How a unit's gradient is brought to the clipping norm C; its sensitivity is C in every mode.
+
+    Attributes:
+        mode: `flat`, min(1, C/‖g‖); `per-group`, the same with a threshold for each group of
+            parameters, whose squares sum to C²; `automatic`, C/(‖g‖ + γ).
+        groups: of mode `per-group`; none means a group for each block of layers.
+        gamma: γ of mode `automatic`.
+    """
+
+    mode: Literal["flat", "per-group", "automatic"]
+    groups: Annotated[tuple[ClippingGroup, ...], Field(max_length=256)] = ()
+    gamma: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.groups and self.mode != "per-group":
+            raise ValueError("groups must be absent unless mode is per-group")
+        if (self.gamma is not None) != (self.mode == "automatic"):
+            raise ValueError("gamma must be set where mode is automatic, and only there")
+        return self
+
+
 class PrivacyPlan(Contract):
     """The mechanism, pinned: the Poisson-subsampled Gaussian, `steps` times.
 
@@ -134,6 +170,7 @@ class PrivacyPlan(Contract):
         sampling_rate: q, the probability with which a unit is in a step's logical batch.
         steps: how often the mechanism runs, at most.
         clipping_norm: C, the L2 bound of one unit's contribution.
+        clipping: how a unit's contribution is brought to C; absent for flat clipping.
         expected_batch: q × units, the public divisor of the noised sum.
         orders: RDP orders of the blocks that pay.
     """
@@ -146,6 +183,7 @@ class PrivacyPlan(Contract):
     clipping_norm: Annotated[float, Field(gt=0)]
     expected_batch: Annotated[float, Field(gt=0)]
     orders: Annotated[tuple[float, ...], Field(min_length=1, max_length=64)]
+    clipping: ClippingPlan | None = None
 
 
 class UpcyclePlan(Contract):
@@ -181,6 +219,7 @@ class OptimizerName(StrEnum):
 
     SGD = "sgd"
     ADAMW = "adamw"
+    ADAMBC = "adambc"
 
 
 class OptimizerPlan(Contract):
@@ -193,6 +232,32 @@ class OptimizerPlan(Contract):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
 
 
+class BalancingPlan(Contract):
+    """What keeps the experts evenly used; it costs no privacy beyond the plan's mechanism.
+
+    Attributes:
+        method: `sequence`, a balancing loss over each row's own tokens; or `released-load`,
+            steering by expert loads that are released with the gradients, in the same query.
+        strength: of a loss, its factor; of a bias, how far a step moves it at most.
+        through: of `released-load`, what is steered: the bias on the routers' choice, or a loss.
+        load_share: of `released-load`, the loads' share of C².
+    """
+
+    method: Literal["sequence", "released-load"]
+    strength: Annotated[float, Field(gt=0)]
+    through: Literal["bias", "loss"] | None = None
+    load_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        released = self.method == "released-load"
+        if released != (self.through is not None) or released != (self.load_share is not None):
+            raise ValueError(
+                "through and loadShare must be set where method is released-load, and only there"
+            )
+        return self
+
+
 class TrainingSettings(Contract):
     """What shapes the run and costs no privacy."""
 
@@ -200,6 +265,7 @@ class TrainingSettings(Contract):
     optimizer: OptimizerPlan
     max_tokens: Annotated[int, Field(ge=4, le=8192)] = 128
     physical_batch: Annotated[int, Field(ge=1, le=4096)] = 64
+    balancing: BalancingPlan | None = None
 
 
 class EvaluationPlan(Contract):

@@ -14,6 +14,8 @@ from dpmoe_trainer.contract import ModelPlan, OptimizerName, TrainingPlan
 from dpmoe_trainer.data.rows import Lower
 from dpmoe_trainer.dp import check_model
 from dpmoe_trainer.dp.accounting import AccountingMismatch, check_plan
+from dpmoe_trainer.dp.balancing import Balancing, ReleasedLoad, SequenceBalancing
+from dpmoe_trainer.dp.clipping import FLAT, Automatic, Clipping, Group, PerGroup
 from dpmoe_trainer.environment import Settings
 from dpmoe_trainer.errors import BadModel, BadPlan, UncoveredMechanism
 from dpmoe_trainer.machine import keep_freed_memory, processors
@@ -64,6 +66,8 @@ class LoadedModel:
         device: where it computes.
         lower: its frozen lower part, if it has one whose outputs may be computed once.
         size: bytes of its parameters and buffers.
+        clipping: how its gradients are clipped.
+        balancing: what keeps its experts evenly used.
     """
 
     model: PreTrainedModel
@@ -71,6 +75,8 @@ class LoadedModel:
     device: torch.device
     lower: Lower | None
     size: int
+    clipping: Clipping
+    balancing: Balancing
 
 
 def load(plan: TrainingPlan, settings: Settings) -> LoadedModel:
@@ -92,7 +98,8 @@ def load(plan: TrainingPlan, settings: Settings) -> LoadedModel:
         select_trainable(model, plan.model.trainable or ("*",))
         _check_sizes(model, tokenizer, plan.training.max_tokens)
         model.to(device)
-        check_model(model)
+        clipping, balancing = clipping_of(plan), balancing_of(plan, model)
+        check_model(model, clipping=clipping, loads=balancing.loads, balancing=balancing.loss)
     except BadPlan:
         raise
     except Exception as error:
@@ -103,6 +110,42 @@ def load(plan: TrainingPlan, settings: Settings) -> LoadedModel:
         device=device,
         lower=_frozen_part(model),
         size=sum(tensor.nbytes for tensor in model.state_dict().values()),
+        clipping=clipping,
+        balancing=balancing,
+    )
+
+
+def clipping_of(plan: TrainingPlan) -> Clipping:
+    """How the plan has gradients clipped."""
+    clipping = plan.privacy.clipping
+    if clipping is None or clipping.mode == "flat":
+        return FLAT
+    if clipping.mode == "automatic":
+        assert clipping.gamma is not None, "the contract has it set for this mode"
+        return Automatic(clipping.gamma)
+    return PerGroup(tuple(Group(each.parameters, each.weight) for each in clipping.groups))
+
+
+def balancing_of(plan: TrainingPlan, model: PreTrainedModel) -> Balancing:
+    """What the plan has done for the balance of the model's experts.
+
+    Raises:
+        NotPerSample: the model's routers do not allow it.
+    """
+    balancing, privacy = plan.training.balancing, plan.privacy
+    if balancing is None:
+        return Balancing(privacy.clipping_norm)
+    if balancing.method == "sequence":
+        return SequenceBalancing(model, privacy.clipping_norm, balancing.strength)
+    assert balancing.through is not None, "the contract has it set for this method"
+    assert balancing.load_share is not None, "the contract has it set for this method"
+    return ReleasedLoad(
+        model,
+        privacy.clipping_norm,
+        privacy.expected_batch,
+        balancing.strength,
+        balancing.through,
+        balancing.load_share,
     )
 
 

@@ -7,7 +7,7 @@ Read top to bottom, this is the whole run. What holds:
 - The loop runs the plan's mechanism, the plan's number of times. A step counts as spent from the
   moment its sample is drawn.
 - Nothing computed on private rows leaves the loop but the noised sum's effect on the model: no
-  loss, no norm, no size of a sample is printed, logged, served or kept.
+  loss, no norm, no expert's load, no size of a sample is printed, logged, served or kept.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def train(
     check_mechanism(plan)
     target = open_target(plan.output, settings)
     loaded = load(plan, settings)
-    model = loaded.model
+    model, balancing = loaded.model, loaded.balancing
     if target is not None:
         target.check_room(loaded.size)
     if stopping():
@@ -81,7 +81,8 @@ def train(
         public_rows = _rows(table, loaded, training.max_tokens, lower=None)
 
     key = NoiseKey()
-    updater = Updater(model, training.optimizer, privacy.steps, privacy.expected_batch)
+    noise = privacy.noise_multiplier * privacy.clipping_norm
+    updater = Updater(model, training.optimizer, privacy.steps, privacy.expected_batch, noise)
     board.enter("Training")
     for step in range(privacy.steps):
         if stopping():
@@ -92,10 +93,14 @@ def train(
             model,
             private_rows,
             (units[index] for index in drawn),
-            privacy.clipping_norm,
+            balancing.gradient_norm,
             training.physical_batch,
+            clipping=loaded.clipping,
+            loads=balancing.loads,
+            balancing=balancing.loss,
         )
         noised = add_noise(clipped, privacy.noise_multiplier, privacy.clipping_norm, key, step)
+        balancing.take(noised)
         updater.update(noised)
         board.count_update()
 

@@ -75,6 +75,47 @@ class BlockRequest(ApiModel):
         return self
 
 
+class ClippingGroup(ApiModel):
+    """Parameters that are clipped together, by fnmatch patterns of their names."""
+
+    parameters: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=253)]],
+        list_set(max_length=64, min_length=1),
+        DISTINCT,
+    ]
+    weight: DecimalString = "1"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        positive("spec.privacy.clipping.groups.weight", self.weight)
+        return self
+
+
+class Clipping(ApiModel):
+    """How each unit's gradient is brought to the clipping norm, which bounds it in every mode."""
+
+    mode: Literal["flat", "per-group", "automatic"] = "flat"
+    groups: Annotated[list[ClippingGroup], Field(max_length=64)] = []
+    gamma: DecimalString | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.groups and self.mode != "per-group":
+            raise SpecError(
+                "spec.privacy.clipping.groups",
+                f"{len(self.groups)} groups",
+                "must be absent unless mode is per-group",
+            )
+        if self.gamma is not None and self.mode != "automatic":
+            raise SpecError(
+                "spec.privacy.clipping.gamma",
+                self.gamma,
+                "must be absent unless mode is automatic",
+            )
+        positive("spec.privacy.clipping.gamma", self.gamma)
+        return self
+
+
 class Privacy(ApiModel):
     """What the job pays. At least one of ε and σ; the operator calibrates the other."""
 
@@ -82,6 +123,7 @@ class Privacy(ApiModel):
     noise_multiplier: DecimalString | None = None
     delta: DeltaString
     clipping_norm: DecimalString = "1.0"
+    clipping: Clipping = Clipping()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -154,7 +196,7 @@ class Model(ApiModel):
 class Optimizer(ApiModel):
     """The optimiser of the noised gradient."""
 
-    name: Literal["sgd", "adamw"] = "adamw"
+    name: Literal["sgd", "adamw", "adambc"] = "adamw"
     learning_rate: DecimalString
     weight_decay: DecimalString = "0"
     momentum: DecimalString = "0"
@@ -168,6 +210,32 @@ class Optimizer(ApiModel):
         return self
 
 
+class Balancing(ApiModel):
+    """What keeps the experts evenly used. It costs no privacy beyond the job's mechanism."""
+
+    method: Literal["none", "sequence", "released-load"] = "none"
+    strength: DecimalString | None = None
+    through: Literal["bias", "loss"] | None = None
+    load_share: DecimalString | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        place = "spec.training.balancing"
+        if self.method == "none" and self.strength is not None:
+            raise SpecError(f"{place}.strength", self.strength, "must be absent for method none")
+        if self.method != "released-load":
+            for name, value in (("through", self.through), ("loadShare", self.load_share)):
+                if value is not None:
+                    raise SpecError(
+                        f"{place}.{name}", value, "must be absent unless method is released-load"
+                    )
+        positive(f"{place}.strength", self.strength)
+        positive(f"{place}.loadShare", self.load_share)
+        if self.load_share is not None and decimal(self.load_share) >= 1:
+            raise SpecError(f"{place}.loadShare", self.load_share, "must be below 1")
+        return self
+
+
 class Training(ApiModel):
     """The run. Exactly one of epochs and steps."""
 
@@ -178,6 +246,7 @@ class Training(ApiModel):
     steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     max_tokens: Annotated[int, Field(ge=4, le=8192)] = 128
     optimizer: Optimizer
+    balancing: Balancing = Balancing()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

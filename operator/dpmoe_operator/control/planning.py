@@ -22,6 +22,7 @@ from dpmoe_operator.api.privateblock import Dataset, Table
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.access import Refusal, check_access, choose_blocks
 from dpmoe_operator.control.accounts import Standing
+from dpmoe_operator.control.recipe import balancing_plan, clipping_plan
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.views import JobView
 from dpmoe_operator.launch import paths
@@ -356,6 +357,7 @@ def _privacy_plan(spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> PrivacyPlan
         clipping_norm=float(spec.privacy.clipping_norm),
         expected_batch=float(batch),
         orders=tuple(float(order) for order in chosen[0].orders),
+        clipping=clipping_plan(spec),
     )
 
 
@@ -420,4 +422,5 @@ def _training_settings(spec: DPMoEJobSpec) -> TrainingSettings:
         ),
         max_tokens=training.max_tokens,
         physical_batch=training.physical_batch,
+        balancing=balancing_plan(spec),
     )

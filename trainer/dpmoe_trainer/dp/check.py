@@ -17,21 +17,36 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dpmoe_trainer.dp.engine import clipped_sum
+from dpmoe_trainer.dp.clipping import FLAT, Clipping
+from dpmoe_trainer.dp.engine import Options, clipped_sum, measure
 from dpmoe_trainer.dp.errors import NotPerSample
+from dpmoe_trainer.dp.routes import BalancingLoss, LoadQuery
 from dpmoe_trainer.dp.seams import evaluating
+from dpmoe_trainer.dp.uses import add_sums
 
 _SAMPLES, _TOKENS = 3, (5, 7, 11, 13)
 
 
-def check_model(model: nn.Module, tolerance: float = 1e-3) -> None:
+def check_model(
+    model: nn.Module,
+    tolerance: float = 1e-3,
+    *,
+    clipping: Clipping = FLAT,
+    loads: LoadQuery | None = None,
+    balancing: BalancingLoss | None = None,
+) -> None:
     """Compares the engine's gradient sum and norms with the model's own, sample by sample.
+
+    Whatever else is to be summed or clipped is compared with that of single samples.
 
     Costs a few passes over three samples of five tokens, and the gradients of two in memory.
 
     Args:
         model: As `clipped_sum` takes it.
         tolerance: Largest relative difference that rounding may explain.
+        clipping: As `clipped_sum` takes it.
+        loads: Likewise.
+        balancing: Likewise.
 
     Raises:
         NotPerSample: They differ, or `clipped_sum` refuses the model. Names the parameter.
@@ -39,6 +54,7 @@ def check_model(model: nn.Module, tolerance: float = 1e-3) -> None:
     batch = _made_up_batch(model)
     _check_routing(model, batch)
     _check_gradients(model, batch, tolerance)
+    _check_alone(model, batch, Options(1.0, clipping, loads, balancing), tolerance)
     if any(hasattr(module, "expert_capacity") for module in model.modules()):
         with _room_for_one(model):
             _check_gradients(model, batch, tolerance)
@@ -59,6 +75,21 @@ def _check_gradients(model: nn.Module, batch: dict[str, Tensor], tolerance: floa
                 expected[name] += gradient
     for name, total in sums.items():
         _compare(f"parameter {name!r}", total - expected[name], scale, tolerance)
+
+
+def _check_alone(
+    model: nn.Module, batch: dict[str, Tensor], options: Options, tolerance: float
+) -> None:
+    """Compares a batch's sums, clipped as they will be, with those of its samples alone."""
+    if options == Options(options.clipping_norm):
+        return
+    expected: dict[str, Tensor] = {}
+    for index in range(_SAMPLES):
+        sample = {key: value[index : index + 1] for key, value in batch.items()}
+        add_sums(expected, measure(model, sample, options).sums)
+    scale = torch.tensor(_SAMPLES * options.clipping_norm)
+    for name, total in measure(model, batch, options).sums.items():
+        _compare(f"{name!r}", total - expected[name], scale, tolerance)
 
 
 def _own_gradients(

@@ -117,12 +117,12 @@ class Recomputed(Clippable):
         self._tape.fired.append(self)
         return self._again(self._tape.add_norms)
 
-    def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
+    def clipped(self, factors_BG: Tensor) -> dict[str, Tensor]:
         """The sums of all uses in the layer."""
         total: dict[str, Tensor] = {}
 
         def receive(use: Use) -> None:
-            add_sums(total, use.clipped_sum(factors))
+            add_sums(total, use.clipped(factors_BG))
 
         self._again(receive)
         return total

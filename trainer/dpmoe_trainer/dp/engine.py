@@ -8,7 +8,7 @@ pass, and no per-sample gradients in memory beyond the size of the activations.
 What holds:
 
 - A sample's contribution is c_b·∇ℓ_b of its own loss, whatever else is in the batch, so adding or
-  removing a sample changes the sum by at most C.
+  removing a sample changes the sum by at most C. (Other ways of clipping: `dp.clipping`.)
 - A sample whose gradient norm is not finite contributes exactly zero: it is left out, and the rest
   of the batch computed without it.
 - All of a parameter's gradient is in the norm, or `clipped_sum` raises.
@@ -17,13 +17,17 @@ What holds:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dpmoe_trainer.dp.clipping import FLAT, Clipping, clip_factors
 from dpmoe_trainer.dp.errors import AmbiguousBatch, NotPerSample, UncoveredParameter
 from dpmoe_trainer.dp.losses import per_sample_losses
 from dpmoe_trainer.dp.refusals import refuse_coupled, refusing_changed_buffers
+from dpmoe_trainer.dp.routes import BalancingLoss, LoadQuery, Routes
 from dpmoe_trainer.dp.rules import RULES
 from dpmoe_trainer.dp.seams import evaluating, own_parts
 from dpmoe_trainer.dp.tape import Tape
@@ -37,7 +41,33 @@ Batch = Mapping[str, Tensor]
 Clipped = tuple[dict[str, Tensor], Tensor]
 
 
-def clipped_sum(model: nn.Module, batch: Batch, clipping_norm: float) -> Clipped:
+@dataclass(frozen=True)
+class Options:
+    """What of a batch is summed; `clipped_sum` says what each is."""
+
+    clipping_norm: float
+    clipping: Clipping = FLAT
+    loads: LoadQuery | None = None
+    balancing: BalancingLoss | None = None
+
+
+class Measured(NamedTuple):
+    """A batch's clipped sums by name, its samples' gradient norms, [B], and their losses, [B]."""
+
+    sums: dict[str, Tensor]
+    norms: Tensor
+    losses: Tensor
+
+
+def clipped_sum(
+    model: nn.Module,
+    batch: Batch,
+    clipping_norm: float,
+    *,
+    clipping: Clipping = FLAT,
+    loads: LoadQuery | None = None,
+    balancing: BalancingLoss | None = None,
+) -> Clipped:
     """Sums the clipped per-sample gradients of a batch.
 
     The model runs in evaluation mode, so without dropout or router jitter, and is left as it was;
@@ -50,6 +80,10 @@ def clipped_sum(model: nn.Module, batch: Batch, clipping_norm: float) -> Clipped
         batch: `input_ids` [B, T] (or `hidden_states` [B, T, D], where the model continues from
             these), `labels`, and what else the model's forward takes, B rows each. B may be 0.
         clipping_norm: C, the bound on one sample's gradient norm.
+        clipping: How gradients are brought to C: flat, per group of parameters, or automatic.
+        loads: Sums the samples' expert loads too, for a joint release with the gradients. They
+            stand among the sums, as `load` of their experts module, and come on top of C.
+        balancing: A balancing loss that is part of each sample's own loss.
 
     Returns:
         Σ_b min(1, C/‖∇ℓ_b‖)·∇ℓ_b by parameter name for every trained parameter, in at least
@@ -62,33 +96,45 @@ def clipped_sum(model: nn.Module, batch: Batch, clipping_norm: float) -> Clipped
             norm. Names the parameter.
         ValueError: The clipping norm is not a positive number.
     """
-    if not clipping_norm > 0:
-        raise ValueError(f"clipping_norm is {clipping_norm}: give a positive number")
+    options = Options(clipping_norm, clipping, loads, balancing)
+    measured = measure(model, batch, options)
+    return measured.sums, measured.norms
+
+
+def measure(model: nn.Module, batch: Batch, options: Options) -> Measured:
+    """`clipped_sum` with the samples' losses besides, which are as private as their norms."""
+    if not options.clipping_norm > 0:
+        raise ValueError(f"clipping_norm is {options.clipping_norm}: give a positive number")
     refuse_coupled(model)
-    samples, device = _measure(batch)
+    samples, device = _size(batch)
     trained = _trained(model)
     if samples == 0:
         zeros = {name: _zeros(parameter) for name, parameter in trained.items()}
-        return zeros, torch.zeros(0, dtype=torch.float64, device=device)
+        if options.loads is not None:
+            zeros |= options.loads.zeros(device)
+        none = torch.zeros(0, dtype=torch.float64, device=device)
+        return Measured(zeros, none, none)
     try:
-        sums, norms = _clip(model, trained, batch, clipping_norm)
+        measured = _clip(model, trained, batch, options)
     except AmbiguousBatch:
-        return _in_halves(model, batch, clipping_norm)
-    finite = norms.isfinite()
-    if not finite.all():
-        kept = {key: value[finite] for key, value in batch.items()}
-        sums, kept_norms = clipped_sum(model, kept, clipping_norm)
-        norms = torch.full_like(norms, torch.inf).masked_scatter(finite, kept_norms)
-    return sums, norms
+        return _in_halves(model, batch, options)
+    finite = measured.norms.isfinite()
+    if finite.all():
+        return measured
+    rest = measure(model, {key: value[finite] for key, value in batch.items()}, options)
+    norms = torch.full_like(measured.norms, torch.inf).masked_scatter(finite, rest.norms)
+    return Measured(rest.sums, norms, measured.losses)
 
 
 def _clip(
-    model: nn.Module, trained: dict[str, nn.Parameter], batch: Batch, clipping_norm: float
-) -> Clipped:
+    model: nn.Module, trained: dict[str, nn.Parameter], batch: Batch, options: Options
+) -> Measured:
     """The sums and norms of a batch; no sums if a norm is not finite."""
     batch = _with_decoder_inputs(model, batch)
-    tape = Tape(trained, list(batch.values()))
-    with evaluating(model), own_parts(model, tape), tape.guarding():
+    groups = options.clipping.groups(trained)
+    tape = Tape(trained, list(batch.values()), groups)
+    routes = Routes.of(model, batch, options.loads, options.balancing)
+    with evaluating(model), own_parts(model, tape), routes.on(tape), tape.guarding():
         with refusing_changed_buffers(model), torch.enable_grad(), watching(tape, RULES):
             losses = _losses(model, batch)
         _require_all_used(tape)
@@ -96,35 +142,38 @@ def _clip(
         # would round anew, and otherwise where a checkpointed layer's is run again.
         with torch.autocast(tape.device.type, enabled=False):
             losses.sum().backward()
-            norms = tape.norms()
+            losses = losses.detach().double()
+            norms_BG = tape.norms()
+            norms = torch.linalg.vector_norm(norms_BG, dim=1)
             if not norms.isfinite().all():
-                return {}, norms
-            return _book_kept(trained, tape, clip_factors(norms, clipping_norm)), norms
+                return Measured({}, norms, losses)
+            factors_BG = clip_factors(norms_BG, options.clipping_norm, options.clipping, groups)
+            sums = _book_kept(trained, tape, factors_BG)
+    return Measured(sums | routes.sums(), norms, losses)
 
 
-def clip_factors(norms: Tensor, clipping_norm: float) -> Tensor:
-    """min(1, C/‖∇ℓ_b‖), [B]: one where the norm is zero."""
-    return (clipping_norm / norms).clamp_max(1)
-
-
-def _in_halves(model: nn.Module, batch: Batch, clipping_norm: float) -> Clipped:
+def _in_halves(model: nn.Module, batch: Batch, options: Options) -> Measured:
     """The same by two smaller batches, which cannot be as many samples as tokens for ever."""
-    samples, _ = _measure(batch)
+    samples, _ = _size(batch)
     half = samples // 2
-    first, first_norms = clipped_sum(model, {k: v[:half] for k, v in batch.items()}, clipping_norm)
-    second, second_norms = clipped_sum(
-        model, {k: v[half:] for k, v in batch.items()}, clipping_norm
+    first = measure(model, {key: value[:half] for key, value in batch.items()}, options)
+    second = measure(model, {key: value[half:] for key, value in batch.items()}, options)
+    add_sums(first.sums, second.sums)
+    return Measured(
+        first.sums,
+        torch.cat([first.norms, second.norms]),
+        torch.cat([first.losses, second.losses]),
     )
-    add_sums(first, second)
-    return first, torch.cat([first_norms, second_norms])
 
 
 @torch.no_grad()
-def _book_kept(trained: dict[str, nn.Parameter], tape: Tape, factors: Tensor) -> dict[str, Tensor]:
+def _book_kept(
+    trained: dict[str, nn.Parameter], tape: Tape, factors_BG: Tensor
+) -> dict[str, Tensor]:
     """Forms each weight gradient once, dropping what it is formed from on the way."""
     formed: dict[str, Tensor] = {}
     while tape.fired:
-        add_sums(formed, tape.fired.pop().clipped_sum(factors))
+        add_sums(formed, tape.fired.pop().clipped(factors_BG))
     # A use whose output did not reach the loss received no gradient: its parameters' is zero.
     return {
         name: _widened(formed[name], parameter) if name in formed else _zeros(parameter)
@@ -147,7 +196,7 @@ def _zeros(parameter: nn.Parameter) -> Tensor:
     return wide(torch.zeros_like(parameter, requires_grad=False))
 
 
-def _measure(batch: Batch) -> tuple[int, torch.device]:
+def _size(batch: Batch) -> tuple[int, torch.device]:
     """The batch's samples, and its device."""
     key = next((key for key in _INPUTS if key in batch), None)
     if key is None or "labels" not in batch:

@@ -19,14 +19,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dpmoe_trainer.dp.clipping import Groups
 from dpmoe_trainer.dp.errors import NotPerSample, UncoveredParameter
 from dpmoe_trainer.dp.shared import Shared
 from dpmoe_trainer.dp.uses import Clippable, Use, tied_squared_norms, wide
+
+if TYPE_CHECKING:
+    from dpmoe_trainer.dp.routes import Routes
 
 Rule = Callable[..., Tensor]
 """Called with the tape and then exactly as the torch function that it stands for."""
@@ -67,18 +71,25 @@ class Tape:
         lengths: How many tokens a sample has, padding included: T, and those of a decoder.
         device: Where the batch is.
         fired: What received a gradient, in the backward pass's order.
+        routes: Who is told where tokens are routed, if anyone is.
     """
 
     _active: Tape | None = None
 
-    def __init__(self, trained: Mapping[str, nn.Parameter], inputs: Collection[Tensor]) -> None:
+    def __init__(
+        self, trained: Mapping[str, nn.Parameter], inputs: Collection[Tensor], groups: Groups
+    ) -> None:
         first = next(iter(inputs))
         self.batch = first.shape[0]
         self.lengths = frozenset(entry.shape[1] for entry in inputs if entry.dim() > 1)
         self.device = first.device
         self.fired: list[Clippable] = []
+        self.routes: Routes | None = None
         self._inputs = list(inputs)
-        self._squared_norms = torch.zeros(self.batch, dtype=torch.float64, device=self.device)
+        self._groups = groups
+        self._squared_norms = torch.zeros(
+            self.batch, len(groups.shares), dtype=torch.float64, device=self.device
+        )
         self._trained = {
             id(parameter): (name, parameter, parameter.detach())
             for name, parameter in trained.items()
@@ -209,12 +220,22 @@ class Tape:
 
     def record(self, output: Tensor, use: Use) -> Tensor:
         """Has `use` receive the gradient of `output`, if there is to be a backward pass."""
+        use.group = self._group_of(use.names)
         if not torch.is_grad_enabled():
             return output
         if not output.requires_grad:
             output.requires_grad_()
         output.register_hook(partial(self._hand_over, use))
         return output
+
+    def _group_of(self, names: tuple[str, ...]) -> int:
+        groups = {self._groups.of[name] for name in names}
+        if len(groups) > 1:
+            raise UncoveredParameter(
+                f"parameter {names[0]!r} and {len(names) - 1} others are computed together and are "
+                "in several clipping groups: have one group match all of them"
+            )
+        return groups.pop()
 
     def _hand_over(self, use: Use, gradient: Tensor) -> None:
         use.gradient = gradient
@@ -230,15 +251,21 @@ class Tape:
         for name in tied:
             self._tied.setdefault(name, []).append(use)
         if not tied:
-            self._squared_norms += use.squared_norms()
+            self._squared_norms[:, use.group] += use.squared_norms()
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """‖∇ℓ_b‖, [B] float64, when the backward pass is over."""
+        """‖∇ℓ_b‖ at each group of parameters, [B, G] float64, when the backward pass is over."""
         while self._tied:
             _, uses = self._tied.popitem()
-            self._squared_norms += tied_squared_norms(uses)
+            self._squared_norms[:, uses[0].group] += tied_squared_norms(uses)
         return self._squared_norms.clamp_min(0).sqrt()
+
+    def routed(self, experts: nn.Module, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Tells where an experts module's tokens go; returns the weights to go on with."""
+        if self.routes is None:
+            return weights
+        return self.routes.routed(experts, chosen, weights, self._replays)
 
     # Rows.
 

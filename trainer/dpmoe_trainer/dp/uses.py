@@ -32,8 +32,8 @@ class Clippable(ABC):
     """Something that the backward pass met, and that has clipped sums to give afterwards."""
 
     @abstractmethod
-    def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
-        """Σ_b factors[b]·∇ℓ_b for each of its parameters, by parameter name."""
+    def clipped(self, factors_BG: Tensor) -> dict[str, Tensor]:
+        """Σ_b factors[b, g]·∇ℓ_b for each of its parameters, of group g, by parameter name."""
 
 
 class Use(Clippable):
@@ -41,11 +41,21 @@ class Use(Clippable):
 
     Attributes:
         names: The trained parameters that it uses.
+        group: Their clipping group.
         gradient: The loss gradient of its output, once the backward pass has reached it.
     """
 
     names: tuple[str, ...]
+    group: int = 0
     gradient: Tensor
+
+    def clipped(self, factors_BG: Tensor) -> dict[str, Tensor]:
+        """With its group's factors."""
+        return self.clipped_sum(factors_BG[:, self.group])
+
+    @abstractmethod
+    def clipped_sum(self, factors: Tensor) -> dict[str, Tensor]:
+        """Σ_b factors[b]·∇ℓ_b for each of its parameters, by parameter name."""
 
     @abstractmethod
     def squared_norms(self) -> Tensor:

@@ -7,7 +7,7 @@ wrote (McMahan et al. 2018, "Learning Differentially Private Recurrent Language 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from dpmoe_trainer.contract import OptimizerName, OptimizerPlan
 from dpmoe_trainer.data.rows import Rows
 from dpmoe_trainer.data.units import Unit
 from dpmoe_trainer.dp import clipped_sum
+from dpmoe_trainer.dp.clipping import FLAT, Clipping, clip_gradient
+from dpmoe_trainer.dp.routes import BalancingLoss, LoadQuery
+from dpmoe_trainer.methods.adam_bc import AdamBC
 
 ADAM_BETAS = (0.9, 0.98)
 """The second is short-sighted because DP runs are short: tens of steps, not tens of thousands."""
@@ -25,13 +28,21 @@ Gradients = dict[str, Tensor]
 
 
 def sum_clipped(
-    model: nn.Module, rows: Rows, units: Iterable[Unit], clipping_norm: float, physical_batch: int
+    model: nn.Module,
+    rows: Rows,
+    units: Iterable[Unit],
+    clipping_norm: float,
+    physical_batch: int,
+    *,
+    clipping: Clipping = FLAT,
+    loads: LoadQuery | None = None,
+    balancing: BalancingLoss | None = None,
 ) -> Gradients:
     """Σ_u min(1, C/‖g_u‖)·g_u over a logical batch, in physical batches.
 
     Units of one row go through the model together. A user with more rows goes alone, since the
     norm that counts is that of the rows' mean gradient: exact, at one gradient's memory whatever
-    the number of its rows, and as slow as it sounds.
+    the number of its rows, and as slow as it sounds. A user's load is the mean of its rows' too.
 
     Args:
         model: the model; parameters that require no gradient are frozen.
@@ -39,44 +50,60 @@ def sum_clipped(
         units: the sampled units; there may be none.
         clipping_norm: C.
         physical_batch: most rows that go through the model at once.
+        clipping: how gradients are brought to C.
+        loads: expert loads to sum as well, as in `clipped_sum`.
+        balancing: a balancing loss of each row's own.
     """
     total: Gradients = {}
     singles: list[int] = []
+
+    def sums(chosen: Sequence[int], bound: float, way: Clipping) -> Iterator[Gradients]:
+        for batch in rows.physical_batches(chosen, physical_batch):
+            yield clipped_sum(model, batch, bound, clipping=way, loads=loads, balancing=balancing)[
+                0
+            ]
+
     for unit in units:
         if len(unit) == 1:
             singles.append(unit[0])
         else:
-            _add(total, _clipped_mean(model, rows, unit, clipping_norm, physical_batch))
-    for batch in rows.physical_batches(singles, physical_batch):
-        _add(total, clipped_sum(model, batch, clipping_norm)[0])
-    if not total:
-        total = {
-            name: torch.zeros_like(parameter, dtype=torch.float32)
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
-    return total
+            mean = _mean(sums(unit, math.inf, FLAT), len(unit))
+            _add(total, _clipped(mean, clipping_norm, clipping, loads))
+    for part in sums(singles, clipping_norm, clipping):
+        _add(total, part)
+    return total or _zeros(model, loads)
 
 
-def _clipped_mean(
-    model: nn.Module, rows: Rows, unit: Unit, clipping_norm: float, physical_batch: int
-) -> Gradients:
-    """min(1, C/‖g‖)·g for the mean g of the unit's row gradients."""
-    mean: Gradients = {}
-    for batch in rows.physical_batches(unit, physical_batch):
-        unclipped, _ = clipped_sum(model, batch, math.inf)
-        _add(mean, unclipped)
-    for gradient in mean.values():
-        gradient /= len(unit)
-    # In double precision: float32 loses the small among many squares, and would clip too little.
-    squares = [gradient.double().pow(2).sum() for gradient in mean.values()]
-    norm = float(torch.stack(squares).sum().sqrt())
-    # A gradient that overflowed has no direction to keep.
-    factor = clipping_norm / max(norm, clipping_norm) if math.isfinite(norm) else 0.0
-    return {
-        name: gradient * factor if factor else torch.zeros_like(gradient)
-        for name, gradient in mean.items()
+def _zeros(model: nn.Module, loads: LoadQuery | None) -> Gradients:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(iter(trained.values())).device
+    zeros = {
+        name: torch.zeros_like(
+            p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False
+        )
+        for name, p in trained.items()
     }
+    return zeros | (loads.zeros(device) if loads is not None else {})
+
+
+def _mean(parts: Iterable[Gradients], rows: int) -> Gradients:
+    """The mean of row gradients, from their sums."""
+    mean: Gradients = {}
+    for part in parts:
+        _add(mean, part)
+    for gradient in mean.values():
+        gradient /= rows
+    return mean
+
+
+def _clipped(
+    mean: Gradients, clipping_norm: float, clipping: Clipping, loads: LoadQuery | None
+) -> Gradients:
+    """A user's gradient clipped, and its load as it is; zeros if the gradient is not finite."""
+    load = {name: mean.pop(name) for name in (loads.experts if loads else ())}
+    finite = all(bool(gradient.isfinite().all()) for gradient in mean.values())
+    clipped = clip_gradient(mean, clipping_norm, clipping)
+    return clipped | (load if finite else {n: torch.zeros_like(part) for n, part in load.items()})
 
 
 def _add(total: Gradients, more: Gradients) -> None:
@@ -99,10 +126,16 @@ class Updater:
         plan: the optimiser and its settings.
         steps: the plan's steps.
         expected_batch: the public divisor of a noised sum.
+        noise: σC, the noise's standard deviation on a sum; public.
     """
 
     def __init__(
-        self, model: nn.Module, plan: OptimizerPlan, steps: int, expected_batch: float
+        self,
+        model: nn.Module,
+        plan: OptimizerPlan,
+        steps: int,
+        expected_batch: float,
+        noise: float = 0.0,
     ) -> None:
         self._trained = {
             name: parameter
@@ -110,7 +143,7 @@ class Updater:
             if parameter.requires_grad
         }
         self._expected_batch = expected_batch
-        self._optimizer = _optimizer(list(self._trained.values()), plan)
+        self._optimizer = _optimizer(list(self._trained.values()), plan, noise / expected_batch)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: learning_rate_factor(step, plan.warmup_steps, steps)
         )
@@ -131,12 +164,22 @@ def learning_rate_factor(step: int, warmup: int, steps: int) -> float:
     return (steps - step) / max(steps - warmup, 1)
 
 
-def _optimizer(parameters: Sequence[nn.Parameter], plan: OptimizerPlan) -> torch.optim.Optimizer:
+def _optimizer(
+    parameters: Sequence[nn.Parameter], plan: OptimizerPlan, noise: float
+) -> torch.optim.Optimizer:
     if plan.name is OptimizerName.SGD:
         return torch.optim.SGD(
             parameters,
             lr=plan.learning_rate,
             momentum=plan.momentum,
+            weight_decay=plan.weight_decay,
+        )
+    if plan.name is OptimizerName.ADAMBC:
+        return AdamBC(
+            parameters,
+            lr=plan.learning_rate,
+            noise=noise,
+            betas=ADAM_BETAS,
             weight_decay=plan.weight_decay,
         )
     return torch.optim.AdamW(

@@ -52,17 +52,27 @@ class DPMoEBertConfig(BertConfig):
 
 
 class DPMoEBertRouter(nn.Module):
-    """Scores the experts for each token and weighs the K best with a softmax over their scores."""
+    """Scores the experts for each token and weighs the K best with a softmax over their scores.
+
+    `selection_bias` is added to the scores where the best are chosen, and nowhere else: raising an
+    expert's sends more tokens there, without a gradient (Wang et al. 2024, "Auxiliary-loss-free
+    load balancing strategy for mixture-of-experts", arXiv 2408.15664). It is zero unless balancing
+    moves it, and part of the model.
+    """
+
+    selection_bias: Tensor
 
     def __init__(self, config: DPMoEBertConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer("selection_bias", torch.zeros(config.num_experts))
 
-    def forward(self, tokens_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the chosen experts and their weights, both [N, K]."""
-        scores_NK, experts_NK = F.linear(tokens_ND, self.weight).topk(self.top_k, dim=-1)
-        return experts_NK, scores_NK.softmax(dim=-1)
+    def forward(self, tokens_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns all scores, [N, E], and the chosen experts' weights and places, both [N, K]."""
+        scores_NE = F.linear(tokens_ND, self.weight)
+        experts_NK = (scores_NE + self.selection_bias).topk(self.top_k, dim=-1).indices
+        return scores_NE, scores_NE.gather(1, experts_NK).softmax(dim=-1), experts_NK
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)
@@ -108,7 +118,8 @@ class DPMoEBertLayer(GradientCheckpointingLayer):
         """[B, T, D] to [B, T, D]."""
         attended, _ = self.attention(hidden_states, attention_mask, **kwargs)
         tokens_ND = attended.reshape(-1, attended.shape[-1])
-        mixed = self.experts(tokens_ND, *self.router(tokens_ND)).view_as(attended)
+        _, weights_NK, experts_NK = self.router(tokens_ND)
+        mixed = self.experts(tokens_ND, experts_NK, weights_NK).view_as(attended)
         return self.LayerNorm(mixed + attended)
 
 

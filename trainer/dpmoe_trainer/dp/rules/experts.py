@@ -111,6 +111,7 @@ def experts_forward(
     _require_plain(module)
     sample_N = tape.sample_of(hidden_states)
     segments = Segments.of(top_k_index, sample_N, module.num_experts, tape.batch)
+    top_k_weights = tape.routed(module, top_k_index, top_k_weights)
 
     x_SD = hidden_states.index_select(0, segments.token)
     if module.has_gate:

@@ -37,6 +37,7 @@ def switch_forward(
     tape = Tape.active()
     sample_N = tape.sample_of(hidden_states)
     chosen_NE = selected_experts.squeeze(1)
+    routing_weights = tape.routed(module, chosen_NE, routing_weights)
     token_S, expert_S = chosen_NE.nonzero(as_tuple=True)
     segments = Segments.of(expert_S[:, None], sample_N[token_S], chosen_NE.shape[1], tape.batch)
 

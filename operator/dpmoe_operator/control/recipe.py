@@ -1,0 +1,47 @@
+"""What a manifest says of clipping and balancing, pinned for the plan with every default filled in.
+
+Neither changes what the run costs: in every mode the mechanism's sensitivity is the clipping norm C
+(docs/design/balancing.md).
+"""
+
+from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
+from dpmoe_trainer.contract import BalancingPlan, ClippingGroup, ClippingPlan
+
+GAMMA = "0.01"
+"""γ of automatic clipping, as its authors recommend for all tasks."""
+
+BIAS_STRENGTH, LOSS_STRENGTH = "0.02", "0.01"
+"""How far a step moves a bias at most; the factor of a balancing loss."""
+
+LOAD_SHARE = "0.02"
+"""The released loads' share of C²: gradients lose one percent of their clipping norm."""
+
+
+def clipping_plan(spec: DPMoEJobSpec) -> ClippingPlan | None:
+    """How gradients are clipped; None for flat clipping."""
+    clipping = spec.privacy.clipping
+    if clipping.mode == "flat":
+        return None
+    if clipping.mode == "automatic":
+        return ClippingPlan(mode=clipping.mode, gamma=float(clipping.gamma or GAMMA))
+    groups = tuple(
+        ClippingGroup(parameters=tuple(group.parameters), weight=float(group.weight))
+        for group in clipping.groups
+    )
+    return ClippingPlan(mode=clipping.mode, groups=groups)
+
+
+def balancing_plan(spec: DPMoEJobSpec) -> BalancingPlan | None:
+    """What is done for balanced experts; None for nothing."""
+    balancing = spec.training.balancing
+    if balancing.method == "none":
+        return None
+    released = balancing.method == "released-load"
+    through = (balancing.through or "bias") if released else None
+    strength = BIAS_STRENGTH if through == "bias" else LOSS_STRENGTH
+    return BalancingPlan(
+        method=balancing.method,
+        strength=float(balancing.strength or strength),
+        through=through,
+        load_share=float(balancing.load_share or LOAD_SHARE) if released else None,
+    )

@@ -189,7 +189,7 @@ def _estimate(sigma: float, delta: float, sampling_rate: float, steps: int, orde
 
 @lru_cache
 def _log_binomials(order: int) -> NDArray[np.float64]:
-    """ln C(α, k) for k from 0 to α."""
+    """The logarithms of C(α, k) for k from 0 to α."""
     factorials = np.cumsum(np.log(np.maximum(np.arange(order + 1.0), 1)))
     binomials: NDArray[np.float64] = factorials[-1] - factorials - factorials[::-1]
     return binomials

@@ -1,6 +1,7 @@
 """Builders of rounds: from plain lists, and at random from a seed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,12 @@ def random_round() -> MakeRound:
 
 
 @pytest.fixture(scope="session")
+def elastic_round() -> MakeRound:
+    """`elastic_round(seed, tasks, blocks, orders)`: as `random_round`, jobs of one to four points."""
+    return elastic_at_random
+
+
+@pytest.fixture(scope="session")
 def best_weight() -> Callable[[Round], float]:
     """`best_weight(round)`: the weight of the best set that fits, by trying all sets."""
     return heaviest
@@ -37,6 +44,8 @@ def heaviest(round: Round) -> float:
     """For small amounts and at most a dozen tasks."""
     sets = (np.arange(2**round.tasks)[:, np.newaxis] >> np.arange(round.tasks)) & 1
     feasible = np.ones(len(sets), dtype=bool)
+    for job in range(round.jobs):
+        feasible &= sets[:, round.job_of_task == job].sum(axis=1) <= 1
     for block in range(round.blocks):
         asking = np.array([block in round.blocks_of(task) for task in range(round.tasks)], bool)
         asked = sets[:, asking] @ round.demand[asking]
@@ -74,6 +83,20 @@ def of_curves(seed: int, tasks: int, blocks: int, asked: int) -> Round:
         arrival=np.arange(tasks, dtype=np.float64),
         weight=np.ones(tasks),
         priority=np.zeros(tasks, np.int64),
+    )
+
+
+def elastic_at_random(seed: int, tasks: int, blocks: int, orders: int) -> Round:
+    rng = np.random.default_rng(seed + 1)
+    round = at_random(seed, tasks, blocks, orders)
+    group = np.sort(rng.integers(0, max(1, tasks // 2), tasks)).astype(np.int64)
+    first = np.searchsorted(group, group)
+    return replace(
+        round,
+        group=group,
+        weight=rng.choice([0.5, 1.0, 1.5, 2.0, 3.0], tasks),
+        arrival=round.arrival[first],
+        priority=round.priority[first],
     )
 
 

@@ -15,6 +15,7 @@ from dpmoe_operator.scheduling.filling import fill, fits
 from dpmoe_operator.scheduling.outcome import Prices, Ranking
 from dpmoe_operator.scheduling.policies import Policy, policy
 from dpmoe_operator.scheduling.round import Round
+from dpmoe_operator.scheduling.shares import largest_and_summed
 
 MakeRound = Callable[..., Round]
 BestWeight = Callable[[Round], float]
@@ -101,7 +102,7 @@ def test_dual_is_never_behind_the_simple_policies(
     round = random_round(seed, tasks, blocks, orders)
     round = replace(round, priority=np.zeros(tasks, np.int64))
     ours = policy("dual").grant(round).weight
-    shares = np.lexsort((round.arrival, dpf.dominant_shares(round)))
+    shares = np.lexsort((round.arrival, largest_and_summed(round)[0] / round.weight))
     for order in (
         dpack.order(round),
         dpack.order(round, published_ties=True),

@@ -11,6 +11,7 @@ although a block needs to hold at one order only.
 
 import numpy as np
 
+from dpmoe_operator.scheduling.points import increments
 from dpmoe_operator.scheduling.round import Ints, Round
 from dpmoe_operator.scheduling.shares import largest_and_summed
 
@@ -18,4 +19,5 @@ from dpmoe_operator.scheduling.shares import largest_and_summed
 def order(round: Round) -> Ints:
     """int64[T]: all tasks, the most efficient first; ties by arrival."""
     _, summed = largest_and_summed(round)
-    return np.lexsort((round.arrival, summed / round.weight)).astype(np.int64)
+    key, late = increments(round, summed)
+    return np.lexsort((round.arrival, key, late)).astype(np.int64)

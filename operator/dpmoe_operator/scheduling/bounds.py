@@ -10,7 +10,9 @@ copy of the tasks and split every task's weight over the blocks that it asks for
 since at block j the set fits at *some* order (a Lagrangian decomposition; Guignard and Kim 1987).
 Each inner knapsack is bounded by its linear relaxation, and that from above by any price μ ≥ 0:
 
-    μ + Σ over tasks with d_iα ≤ a_jα of max(0, v_ij − μ d_iα / a_jα).
+    μ + Σ over tasks with d_iα ≤ a_jα of max(0, v_ij − μ d_iα / a_jα),
+
+where the points of one elastic job count once, with the largest term among them.
 
 So any split and any prices give a valid bound; good ones give a tight one. Splitting in proportion
 to what a task pays at each block at the prices of `dual` makes the bound equal to the value of
@@ -22,10 +24,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpmoe_operator.scheduling.compiled import compiled
 from dpmoe_operator.scheduling.filling import tasks_that_fit
 from dpmoe_operator.scheduling.outcome import Prices
+from dpmoe_operator.scheduling.points import best_weights
 from dpmoe_operator.scheduling.round import Floats, Ints, Round
 from dpmoe_operator.scheduling.shares import parts_asked
 
@@ -56,13 +60,17 @@ def upper_bound(round: Round, prices: Prices) -> float:
     split = _scaled(round, weight, paid)
     blocks = _blocks(round)
     steps = max(1, min(_MOST_STEPS, _WORK // max(1, len(round.indices) * len(round.orders))))
-    best = float(weight.sum())
+    best = float(best_weights(round, hopeful).sum())
     taken = np.zeros(len(round.indices))
     for step in range(steps):
         value = 0.0
         for block in blocks:
             worth, taken[block.pairs] = _knapsack(
-                block.asked, split[block.pairs], block.available, int(prices.pick[block.row])
+                block.asked,
+                split[block.pairs],
+                block.last,
+                block.available,
+                int(prices.pick[block.row]),
             )
             value += worth
         best = min(best, value)
@@ -75,11 +83,15 @@ def upper_bound(round: Round, prices: Prices) -> float:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block with the n pairs that ask for it, what they ask, float64[A, n], and what it has."""
+    """A block with the n pairs that ask for it, what they ask, float64[A, n], and what it has.
+
+    `last` says which of the pairs is the last one of its job.
+    """
 
     row: int
     pairs: Ints
     asked: Floats
+    last: NDArray[np.bool_]
     available: Ints
 
 
@@ -91,6 +103,7 @@ def _blocks(round: Round) -> list[_Block]:
             row,
             own,
             np.ascontiguousarray(round.demand[round.task_of_pair[own]].T, dtype=np.float64),
+            np.diff(round.job_of_task[round.task_of_pair[own]], append=round.jobs) > 0,
             round.available[row],
         )
         for row, own in enumerate(np.split(pairs, ends[:-1]))
@@ -125,8 +138,10 @@ def _pairs_by_block(indices: Ints, next_place: Ints) -> Ints:
 
 
 @compiled
-def _knapsack(asked: Floats, split: Floats, available: Ints, first: int) -> tuple[float, Floats]:
-    """Bound one block's knapsack, at the order where it is worth most.
+def _knapsack(
+    asked: Floats, split: Floats, last: NDArray[np.bool_], available: Ints, first: int
+) -> tuple[float, Floats]:
+    """Bound one block's knapsack, at the order where it is worth most. One point counts of a job.
 
     Returns:
         The bound; float64[n], which part of each task the relaxed knapsack takes.
@@ -134,6 +149,7 @@ def _knapsack(asked: Floats, split: Floats, available: Ints, first: int) -> tupl
     orders, tasks = asked.shape
     best, price = 0.0, 0.0
     taken, load = np.zeros(tasks), np.zeros(tasks)
+    at_high, at_low = np.zeros(tasks, dtype=np.bool_), np.zeros(tasks, dtype=np.bool_)
     for turn in range(orders):
         # The order that is priced is likely the best one, and shows others to be worse early.
         order = (first + turn) % orders
@@ -142,12 +158,18 @@ def _knapsack(asked: Floats, split: Floats, available: Ints, first: int) -> tupl
             continue
         inverse = 1.0 / room if room > 0 else 0.0
         whole, total, value = 0.0, 0.0, price
+        most, most_load, gain = 0.0, 0.0, 0.0
         for i in range(tasks):
             load[i] = asked_here[i] * inverse if asked_here[i] <= room else np.inf
             if load[i] < np.inf:
-                whole += split[i]
-                total += load[i]
-                value += max(0.0, split[i] - price * load[i])
+                if split[i] > most:
+                    most, most_load = split[i], load[i]
+                gain = max(gain, split[i] - price * load[i])
+            if last[i]:
+                whole += most
+                total += most_load
+                value += gain
+                most, most_load, gain = 0.0, 0.0, 0.0
         value, low, high = min(value, whole), 0.0, 0.0
         if total > 1.0:
             # At a price of all that is there to win, what is still worth it takes at most 1.
@@ -155,11 +177,14 @@ def _knapsack(asked: Floats, split: Floats, available: Ints, first: int) -> tupl
             middle = price if 0.0 < price < whole else whole / 2
             while high - low > _PRECISION * high and value > best:
                 bound, used = middle, 0.0
+                gain, gain_load = 0.0, 0.0
                 for i in range(tasks):
-                    gain = split[i] - middle * load[i]
-                    if gain > 0.0:
+                    if split[i] - middle * load[i] > gain:
+                        gain, gain_load = split[i] - middle * load[i], load[i]
+                    if last[i]:
                         bound += gain
-                        used += load[i]
+                        used += gain_load
+                        gain, gain_load = 0.0, 0.0
                 value = min(value, bound)
                 if used > 1.0:
                     low = middle
@@ -169,17 +194,24 @@ def _knapsack(asked: Floats, split: Floats, available: Ints, first: int) -> tupl
         if value <= best:
             continue
         best, price = value, high
-        used, marginal = 0.0, 0.0
+        # What is taken at the high price, and so much of what is at the low one that it is full.
+        used_high, used_low = 0.0, 0.0
+        high_gain, high_point, low_gain, low_point = 0.0, -1, 0.0, -1
         for i in range(tasks):
-            if split[i] > high * load[i]:
-                used += load[i]
-            elif split[i] > low * load[i]:
-                marginal += load[i]
-        part = min(1.0, (1.0 - used) / marginal) if marginal > 0.0 else 0.0
+            at_high[i], at_low[i] = False, False
+            if split[i] - high * load[i] > high_gain:
+                high_gain, high_point = split[i] - high * load[i], i
+            if load[i] < np.inf and split[i] - low * load[i] > low_gain:
+                low_gain, low_point = split[i] - low * load[i], i
+            if last[i]:
+                if high_point >= 0:
+                    at_high[high_point] = True
+                    used_high += load[high_point]
+                if low_point >= 0:
+                    at_low[low_point] = True
+                    used_low += load[low_point]
+                high_gain, high_point, low_gain, low_point = 0.0, -1, 0.0, -1
+        part = min(1.0, (1.0 - used_high) / (used_low - used_high)) if used_low > used_high else 0.0
         for i in range(tasks):
-            taken[i] = 0.0
-            if split[i] > high * load[i]:
-                taken[i] = 1.0
-            elif split[i] > low * load[i]:
-                taken[i] = part
+            taken[i] = (1.0 - part) * at_high[i] + part * at_low[i]
     return best, taken

@@ -20,6 +20,8 @@ artifact keeps *all* tied orders and sums their costs (`published_ties`); here o
 one with the smallest total load Σ_i d_iα / a_jα, which grants up to 15 % more. And the artifact
 recomputes orders and efficiencies after every `period` grants; without a period, as in its offline
 experiments, they are computed once.
+
+Of an elastic job, a block's knapsack counts the point that asks least there for its weight.
 """
 
 from typing import Literal
@@ -29,6 +31,7 @@ from numpy.typing import NDArray
 
 from dpmoe_operator.scheduling.compiled import compiled
 from dpmoe_operator.scheduling.filling import fill, tasks_that_fit
+from dpmoe_operator.scheduling.points import increments
 from dpmoe_operator.scheduling.round import Floats, Ints, Round
 
 
@@ -43,14 +46,18 @@ def order(round: Round, *, published_ties: bool = False, period: int | None = No
     if period is None:
         return _static(round, published_ties)
     granted, waiting = np.zeros(0, np.int64), np.arange(round.tasks)
+    better: list[Ints] = []  # Other points of who is granted; they come last.
     while True:
         rest = round.after(granted, waiting)
         ranking = _static(rest, published_ties)
         next_ones = fill(rest, ranking)[:period]
         if len(next_ones) < period:
-            return np.concatenate([granted, waiting[ranking]])
+            return np.concatenate([granted, waiting[ranking], *better])
         granted = np.concatenate([granted, waiting[next_ones]])
-        waiting = np.delete(waiting, next_ones)
+        settled = rest.siblings(next_ones)
+        settled[next_ones] = False
+        better.append(waiting[settled])
+        waiting = waiting[~rest.siblings(next_ones)]
 
 
 def _static(round: Round, published_ties: bool) -> Ints:
@@ -102,12 +109,16 @@ def knapsacks(round: Round) -> tuple[Floats, Floats]:
     kind: Literal["stable"] | None = "stable" if fractional else None
     for order in np.flatnonzero(usable.any(axis=0)).tolist():
         asked = np.ascontiguousarray(round.demand[:, order])
+        tries = np.argsort(asked / round.weight, kind=kind)
+        if round.group is not None:
+            _, first = np.unique(round.group[tries], return_index=True)
+            tries = tries[np.sort(first)]
         value[:, order] = _knapsacks(
             round.indptr,
             round.indices,
             asked,
             round.weight,
-            np.argsort(asked / round.weight, kind=kind),
+            tries,
             round.available[:, order].copy(),
             fractional,
         )
@@ -125,8 +136,9 @@ def by_cost(round: Round, counted: NDArray[np.bool_]) -> Ints:
             there and have something available.
     """
     cost = _costs(round.indptr, round.indices, round.demand, round.available, counted)
-    cost = np.where(tasks_that_fit(round, round.available), cost / round.weight, np.inf)
-    return np.lexsort((round.arrival, cost)).astype(np.int64)
+    fitting = tasks_that_fit(round, round.available)
+    key, late = increments(round, cost, fitting)
+    return np.lexsort((round.arrival, np.where(fitting, key, np.inf), late)).astype(np.int64)
 
 
 @compiled

@@ -11,25 +11,24 @@ then to the earlier arrival. Unlocking, which makes it fair, is in `unlocking`.
 
 For tasks that ask at most their fair share c/N, the paper proves a sharing incentive,
 strategy-proofness, dynamic envy-freeness and Pareto efficiency.
+
+An elastic job enters with the point of the smallest share for its weight; each better point has the
+place of what it adds to the share (`points`), after everybody who asks for less.
 """
 
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from dpmoe_operator.scheduling.points import increments
 from dpmoe_operator.scheduling.round import Floats, Ints, Round
 from dpmoe_operator.scheduling.shares import all_shares, largest_and_summed
 
 
-def dominant_shares(round: Round) -> Floats:
-    """float64[T]: the largest share of each task, over its weight; 0 where no order is usable."""
-    return largest_and_summed(round)[0] / round.weight
-
-
 def order(round: Round) -> Ints:
     """int64[T]: all tasks, the smallest dominant share first."""
-    dominant = dominant_shares(round)
-    ordered = np.lexsort((round.arrival, dominant)).astype(np.int64)
+    dominant, late = increments(round, largest_and_summed(round)[0])
+    ordered = np.lexsort((round.arrival, dominant, late)).astype(np.int64)
     vector = _vectors(round)
     for run in _ties(dominant[ordered]):
         vectors = {task: vector(task) for task in ordered[run].tolist()}

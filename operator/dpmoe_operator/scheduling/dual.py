@@ -7,7 +7,8 @@ for fractions, a linear program; its dual variables λ_j ≥ 0 are prices of the
     Σ_j λ_j + Σ_i max(0, w_i − p_i),   where task i pays p_i = Σ_j λ_j d_i(α_j) / a_j(α_j),
 
 a_jα being what block j has available. Tasks are ranked by p_i / w_i: a task is worth its price if
-that is below 1. Prices move by a multiplicative subgradient: a block's price rises by a power of
+that is below 1. An elastic job counts with the point whose weight exceeds its price most, or with
+none, and its points are ranked by what each adds (`points`). Prices move by a multiplicative subgradient: a block's price rises by a power of
 how much the tasks that are worth their price ask of it, relative to what it has.
 
 Which order to fix is the other half. DPack picks α_j from each block alone, as if tasks asked for
@@ -29,6 +30,7 @@ from dpmoe_operator.scheduling.bounds import upper_bound
 from dpmoe_operator.scheduling.compiled import compiled
 from dpmoe_operator.scheduling.filling import filled, tasks_that_fit
 from dpmoe_operator.scheduling.outcome import Prices, Ranking
+from dpmoe_operator.scheduling.points import increments
 from dpmoe_operator.scheduling.round import Floats, Ints, Round
 from dpmoe_operator.scheduling.shares import largest_and_summed, parts_asked
 
@@ -78,7 +80,7 @@ def rank(round: Round, prices: Prices | None = None) -> Ranking:
             dpack.by_cost(round, dpack.only(round, picks)),
             dpack.by_cost(round, dpack.all_tied(value)),
             # DPF, but for the order of ties, and greedy area.
-            *(np.lexsort((round.arrival, share / round.weight)) for share in shares),
+            *(np.lexsort((round.arrival, *increments(round, share))) for share in shares),
         )
     ]
     used = search.least_used(search.left)
@@ -201,6 +203,7 @@ class _Search:
             round.indices,
             part,
             round.weight,
+            np.diff(round.job_of_task, append=round.jobs) > 0,
             self._holds(part),
             np.maximum(price, _LOWEST),
             steps,
@@ -213,9 +216,10 @@ class _Search:
         """int64[T]: all tasks, by what they pay for their weight, times a factor each."""
         round = self.round
         paid = np.add.reduceat(price[round.indices] * part, round.indptr[:-1])
-        key = paid / round.weight * factor
+        holds = self._holds(part)
+        key, late = increments(round, paid * factor, holds)
         # A task that breaks a pick may still fit at another order, but not before the others.
-        return np.lexsort((round.arrival, key, ~self._holds(part), ~self.hopeful))
+        return np.lexsort((round.arrival, key, late, ~holds, ~self.hopeful))
 
     def _holds(self, part: Floats) -> NDArray[np.bool_]:
         """bool[T]: who fits, and at the picks of all blocks."""
@@ -229,27 +233,34 @@ def _balance(
     indices: Ints,
     part: Floats,
     weight: Floats,
+    last: NDArray[np.bool_],
     counts: NDArray[np.bool_],
     price: Floats,
     steps: int,
     first_power: float,
 ) -> Floats:
-    """float64[B]: of the prices on the way from the given ones, those with the least dual value."""
+    """float64[B]: of the prices on the way from the given ones, those with the least dual value.
+
+    `last` says which tasks are the last of their jobs: the best point of each job counts.
+    """
     best, lowest = price.copy(), np.inf
     used = np.empty(len(price))
     for step in range(steps):
         used[:] = 0.0
         value = price.sum()
+        most, point = 0.0, 0
         for task in range(len(weight)):
-            blocks = indices[indptr[task] : indptr[task + 1]]
-            asked = part[indptr[task] : indptr[task + 1]]
-            gain = weight[task]
-            for i in range(len(blocks)):
-                gain -= price[blocks[i]] * asked[i]
-            if gain > 0.0 and counts[task]:
-                value += gain
-                for i in range(len(blocks)):
-                    used[blocks[i]] += asked[i]
+            if counts[task]:
+                gain = weight[task]
+                for pair in range(indptr[task], indptr[task + 1]):
+                    gain -= price[indices[pair]] * part[pair]
+                if gain > most:
+                    most, point = gain, task
+            if last[task] and most > 0.0:
+                value += most
+                for pair in range(indptr[point], indptr[point + 1]):
+                    used[indices[pair]] += part[pair]
+                most = 0.0
         if value < lowest:
             lowest = value
             best[:] = price

@@ -31,10 +31,10 @@ _PARTS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why one task waits.
+    """Why one job waits.
 
     Attributes:
-        task: The task's place in the round.
+        task: The task's place in the round; of an elastic job, the point that comes closest.
         reason: The worst reason that holds.
         block: The binding block row: the one with the largest shortfall, relative to what is asked.
         order: The Rényi order α at which the task comes closest to fitting there.
@@ -42,8 +42,8 @@ class Explanation:
         left: Units that the block has at that order on the rung that the task doesn't fit:
             its capacity, what is not consumed, what is neither consumed nor reserved, what of that
             is unlocked, or what the round left over. Less than `asked`.
-        rank: Its place in the policy's order, from 1.
-        of: How many tasks the order has.
+        rank: Its job's place in the policy's order, from 1.
+        of: How many jobs the order has.
         fits_now: The largest part of its demand that would fit now, after this round's grants, on
             each of its blocks at some order: in (0, 1), in thousandths, rounded down. None if not
             even a thousandth would.
@@ -69,7 +69,10 @@ class Explanation:
 def explain(
     round: Round, granted: Ints, ranking: Ints, unlocking: Sequence[Unlocking]
 ) -> tuple[Explanation, ...]:
-    """Explain every task that was not granted.
+    """Explain every job that was not granted.
+
+    Of an elastic job, the point that comes closest is explained: the one with the least bad reason,
+    and of several the one that the policy ranks first.
 
     Args:
         round: The round, as it was before the grants.
@@ -78,7 +81,7 @@ def explain(
         unlocking: For each block row, its rule.
 
     Returns:
-        One explanation for each waiting task, by its place in the round.
+        One explanation for each waiting job, by its task's place in the round.
 
     Raises:
         ValueError: `ranking` doesn't list every task once, or a block lacks its rule.
@@ -87,17 +90,22 @@ def explain(
         raise ValueError(f"ranking: must list each of {round.tasks} tasks once.")
     if len(unlocking) != round.blocks:
         raise ValueError(f"unlocking: {len(unlocking)} rules for {round.blocks} block rows.")
-    rank = np.empty(round.tasks, dtype=np.int64)
-    rank[ranking] = np.arange(1, round.tasks + 1)
+    place = np.empty(round.tasks, dtype=np.int64)
+    place[ranking] = np.arange(round.tasks)
+    _, first = np.unique(round.job_of_task[ranking], return_index=True)
+    rank = np.empty(round.jobs, dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(1, round.jobs + 1)
     left = left_after(round, granted)
     parts = _parts_that_fit(round.indptr, round.indices, round.demand, left)
     waiting = np.ones(round.tasks, dtype=bool)
-    waiting[granted] = False
-    explanations: list[Explanation] = []
+    waiting[round.siblings(granted)] = False
+    # By job: later rungs overwrite earlier ones, and within a rung the first in the ranking stays.
+    explanations: dict[int, Explanation] = {}
     for reason, budget in _ladder(round, left):
         blocked = waiting & ~tasks_that_fit(round, budget)
         waiting &= ~blocked
         tasks = np.flatnonzero(blocked)
+        tasks = tasks[np.argsort(-place[tasks], kind="stable")]
         when: _Unlocks = {}
         if reason is Reason.WAITING_FOR_UNLOCK:
             when = _unlocks(round, tasks, unlocking)
@@ -106,22 +114,21 @@ def explain(
         )
         for task, block, order in zip(tasks.tolist(), *bindings.tolist(), strict=True):
             unlock_at, arrivals = when.get(task, (None, None))
-            explanations.append(
-                Explanation(
-                    task=task,
-                    reason=reason,
-                    block=block,
-                    order=float(round.orders[order]),
-                    asked=int(round.demand[task, order]),
-                    left=int(budget[block, order]),
-                    rank=int(rank[task]),
-                    of=round.tasks,
-                    fits_now=int(parts[task]) / _PARTS if parts[task] > 0 else None,
-                    unlock_at=unlock_at,
-                    arrivals=arrivals,
-                )
+            job = int(round.job_of_task[task])
+            explanations[job] = Explanation(
+                task=task,
+                reason=reason,
+                block=block,
+                order=float(round.orders[order]),
+                asked=int(round.demand[task, order]),
+                left=int(budget[block, order]),
+                rank=int(rank[job]),
+                of=round.jobs,
+                fits_now=int(parts[task]) / _PARTS if parts[task] > 0 else None,
+                unlock_at=unlock_at,
+                arrivals=arrivals,
             )
-    return tuple(sorted(explanations, key=lambda explanation: explanation.task))
+    return tuple(explanation for _, explanation in sorted(explanations.items()))
 
 
 def _ladder(round: Round, left: Ints) -> Iterator[tuple[Reason, Ints]]:

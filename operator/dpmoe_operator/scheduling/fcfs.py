@@ -10,5 +10,8 @@ from dpmoe_operator.scheduling.round import Ints, Round
 
 
 def order(round: Round) -> Ints:
-    """int64[T]: all tasks, the first to be served first; equal arrivals by their place."""
-    return np.argsort(round.arrival, kind="stable").astype(np.int64)
+    """int64[T]: all tasks, the first to be served first; equal arrivals by their place.
+
+    An elastic job is served the best of its points that fits.
+    """
+    return np.lexsort((-round.weight, round.job_of_task, round.arrival)).astype(np.int64)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpmoe_operator.scheduling.compiled import compiled
-from dpmoe_operator.scheduling.round import ABSENT, Ints, Round
+from dpmoe_operator.scheduling.round import ABSENT, Floats, Ints, Round
 
 
 def fits(demand: Ints, available: Ints) -> bool:
@@ -47,6 +47,11 @@ def fill(round: Round, order: Ints, budget: Ints | None = None) -> Ints:
     Best effort: a task that doesn't fit doesn't hold up those behind it. What remains fits none
     of the tasks in `order` that were not granted, since budget only shrinks meanwhile.
 
+    Of an elastic job, the first point that fits is granted, and gives way to one that is worth
+    more once that one's turn comes, if it fits in its place. What another point gave back may let
+    a task in that was refused before, so the order is gone through until nothing changes: then no
+    job is without budget that would fit, and no point is held where a better one would fit.
+
     Args:
         round: The round.
         order: int64[≤ T], tasks, the first to be tried first.
@@ -61,6 +66,11 @@ def fill(round: Round, order: Ints, budget: Ints | None = None) -> Ints:
 def filled(round: Round, order: Ints, budget: Ints | None = None) -> tuple[Ints, Ints]:
     """As `fill`, and what is left of the budget then: int64[G], int64[B, A]."""
     left = (round.available if budget is None else budget).copy()
+    if round.group is not None and len(order) > 0:
+        _, job = np.unique(round.group[order], return_inverse=True)
+        return _fill_points(
+            round.indptr, round.indices, round.demand, round.weight, order, job.ravel(), left
+        ), left
     return _fill(round.indptr, round.indices, round.demand, order, left), left
 
 
@@ -78,8 +88,8 @@ def check_grants(round: Round, granted: Iterable[int]) -> None:
     Sums of amounts could leave 64 bits, so their high and low halves are summed apart.
 
     Raises:
-        AssertionError: A task is unknown or granted twice, or a block's filter would break. It is
-            raised as an exception, so that running Python with -O doesn't remove it.
+        AssertionError: A task is unknown or granted twice, two points of one job are granted, or a
+            block's filter would break. It is raised as an exception, so that running Python with -O doesn't remove it.
     """
     tasks = np.array([int(task) for task in granted], dtype=np.int64)
     if len(np.unique(tasks)) != len(tasks):
@@ -88,6 +98,10 @@ def check_grants(round: Round, granted: Iterable[int]) -> None:
         raise AssertionError(f"task {unknown} is not in the round")
     if len(tasks) == 0:
         return
+    if round.group is not None:
+        groups, times = np.unique(round.group[tasks], return_counts=True)
+        for group in groups[times > 1].tolist():
+            raise AssertionError(f"two points of the elastic job {group} are granted")
     asked_of = [round.blocks_of(task) for task in tasks.tolist()]
     blocks = np.concatenate(asked_of)
     by_block = np.argsort(blocks, kind="stable")
@@ -150,6 +164,59 @@ def _fill(indptr: Ints, indices: Ints, demand: Ints, tries: Ints, left: Ints) ->
                 for order in range(len(asked)):
                     # Stop at ABSENT, where nothing fits anyway.
                     room[order] = max(room[order] - asked[order], ABSENT)
+    return granted[:count].copy()
+
+
+@compiled
+def _fill_points(
+    indptr: Ints,
+    indices: Ints,
+    demand: Ints,
+    weight: Floats,
+    tries: Ints,
+    job: Ints,
+    left: Ints,
+) -> Ints:
+    """As `_fill`, at most one task a job; `job` numbers the jobs of `tries` from 0."""
+    place = np.full(job.max() + 1, -1)
+    granted = np.empty(len(tries), dtype=np.int64)
+    count, upgraded = 0, True
+    while upgraded:
+        upgraded = False
+        for i in range(len(tries)):
+            task, mine = tries[i], place[job[i]]
+            held = granted[mine] if mine >= 0 else -1
+            if held >= 0:
+                if weight[task] <= weight[held]:
+                    continue
+                for pair in range(indptr[held], indptr[held + 1]):
+                    room = left[indices[pair]]
+                    for order in range(demand.shape[1]):
+                        # What has saturated stays there: who gives back can't know from how far.
+                        if room[order] > ABSENT:
+                            room[order] += demand[held, order]
+            fits_everywhere = True
+            for pair in range(indptr[task], indptr[task + 1]):
+                room, fits_here = left[indices[pair]], False
+                for order in range(demand.shape[1]):
+                    if demand[task, order] <= room[order]:
+                        fits_here = True
+                        break
+                if not fits_here:
+                    fits_everywhere = False
+                    break
+            taken = task if fits_everywhere else held
+            if taken >= 0:
+                for pair in range(indptr[taken], indptr[taken + 1]):
+                    room = left[indices[pair]]
+                    for order in range(demand.shape[1]):
+                        room[order] = max(room[order] - demand[taken, order], ABSENT)
+            if fits_everywhere:
+                if mine < 0:
+                    place[job[i]] = mine = count
+                    count += 1
+                granted[mine] = task
+                upgraded = upgraded or held >= 0
     return granted[:count].copy()
 
 

@@ -7,7 +7,7 @@ granting task i and z_jα for holding block j at order α,
                              Σ_α z_jα ≥ 1                             for all j
                              x, z ∈ {0, 1},
 
-where M_jα lets an order go that a block is not held at. The smaller it is, the tighter is the
+and at most one point of an elastic job, Σ x_i ≤ 1 over its points. M_jα lets an order go that a block is not held at. The smaller it is, the tighter is the
 relaxation: not all tasks together, but at most what tasks could ask at α while the block is held
 at another order, less a_jα. Blocks that would hold if every task were granted are left out.
 
@@ -112,6 +112,13 @@ class _Program:
         self.lower.append(1.0)
         self.upper.append(highspy.kHighsInf)
 
+    def add_job(self, points: Ints) -> None:
+        """Add that at most one of an elastic job's points, int64[n], is granted."""
+        self.columns.append(points)
+        self.values.append(np.ones(len(points)))
+        self.lower.append(-highspy.kHighsInf)
+        self.upper.append(1.0)
+
     def model(self, weight: Floats) -> highspy.HighsLp:
         """The program as HiGHS takes it: first all x, then all z."""
         model = highspy.HighsLp()
@@ -164,7 +171,11 @@ def _solve(round: Round, incumbent: Ints, seconds: float) -> tuple[NDArray[np.bo
         tasks = place[round.indices[pairs] == block]
         program.add_block(block, tasks, round.demand[hopeful[tasks]], round.available[block])
     chosen = np.zeros(round.tasks, dtype=bool)
-    if not program.choices:
+    first = np.flatnonzero(np.diff(round.job_of_task[hopeful], prepend=-1))
+    for points in np.split(np.arange(len(hopeful)), first[1:]):
+        if len(points) > 1:
+            program.add_job(points)
+    if not program.columns:
         chosen[hopeful] = True
         return chosen, float(round.weight[hopeful].sum())
     holds = left_after(round, incumbent) >= 0

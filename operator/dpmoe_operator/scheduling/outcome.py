@@ -54,12 +54,13 @@ class Outcome:
     """The result of a round.
 
     Attributes:
-        granted: int64[G], the tasks that get budget, in the order of their grants.
+        granted: int64[G], the tasks that get budget, in the order of their grants; of an elastic
+            job, the point that was chosen.
         order: int64[T], all tasks, the most deserving first: what a rank is read from.
         weight: The weight of the granted tasks together.
         bound: An upper bound on the weight of any set of tasks that fits, whatever orders the
             blocks hold at; None if the policy bounds nothing.
-        fair: How many tasks asked at most their fair share (`shares.fair_demands`).
+        fair: How many jobs asked at most their fair share (`shares.fair_jobs`).
         fair_granted: How many of those were granted.
         prices: To hand to the next round's `grant`; None if the policy has none.
     """

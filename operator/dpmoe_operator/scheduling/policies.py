@@ -15,7 +15,7 @@ from dpmoe_operator.scheduling import area, dpack, dpf, dual, fcfs, optimal
 from dpmoe_operator.scheduling.filling import fill
 from dpmoe_operator.scheduling.outcome import Outcome, Prices, Ranking
 from dpmoe_operator.scheduling.round import Ints, Round
-from dpmoe_operator.scheduling.shares import fair_demands
+from dpmoe_operator.scheduling.shares import fair_jobs
 
 Rank = Callable[[Round, Prices | None], Ranking]
 
@@ -60,14 +60,14 @@ class Policy:
         if fairness > 0 or len(np.unique(round.priority)) > 1:
             order = self._by_priority(round, ranking.prices, fairness)
         granted = fill(round, order)
-        fair = fair_demands(round)
+        fair = fair_jobs(round)
         return Outcome(
             granted=granted,
             order=order,
             weight=float(round.weight[granted].sum()),
             bound=ranking.bound,
             fair=int(fair.sum()),
-            fair_granted=int(fair[granted].sum()),
+            fair_granted=int(fair[round.job_of_task[granted]].sum()),
             prices=ranking.prices,
         )
 
@@ -92,9 +92,13 @@ class Policy:
             return self.rank(round, prices).order
         budget = np.where(round.available > 0, round.available * fairness, round.available)
         first = fill(round, dpf.order(round), budget.astype(np.int64))
-        others = np.setdiff1d(np.arange(round.tasks), first)
+        siblings = round.siblings(first)
+        others = np.flatnonzero(~siblings)
         rest = round.after(first, others)
-        return np.concatenate([first, others[self.rank(rest, prices).order]])
+        # Better points of who is in come last: they may have what nobody else wanted.
+        siblings[first] = False
+        better = np.flatnonzero(siblings)
+        return np.concatenate([first, others[self.rank(rest, prices).order], better])
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(

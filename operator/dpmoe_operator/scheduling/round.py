@@ -3,7 +3,8 @@
 Every policy reads a `Round` and nothing else, so a round can be replayed, simulated and tested
 without a cluster. Amounts are integers in 10⁻⁹ ε and are compared as integers. Shapes below:
 
-- T: waiting tasks
+- T: waiting tasks. A task is a job, or one point of an elastic job, which offers several and is
+  granted at most one of them
 - B: rows of budget. A row is a block, or a namespace's cap on a block: a task that is under a cap
   asks for both rows, and nothing else distinguishes them.
 - A: Rényi orders, the union over all blocks
@@ -48,7 +49,10 @@ class Round:
         weight: float64[T], > 0; a task of weight 2 counts as two.
         priority: int64[T]; higher goes first, before everything else.
         fair_shares: int64[B], the N of each row whose fair share is c/N; 0 where nobody said, and
-            None if that holds for all: then N is the number of tasks that wait for the row.
+            None if that holds for all: then N is the number of jobs that wait for the row.
+        group: int64[T], not decreasing: tasks of one number are the points of one elastic job, with
+            one arrival and one priority, and weights that say what each is worth. None if every
+            task is a job of its own.
 
     Raises:
         ValueError: A shape, type or range is not as above.
@@ -66,11 +70,13 @@ class Round:
     weight: Floats
     priority: Ints
     fair_shares: Ints | None = None
+    group: Ints | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes()
         self._check_values()
         self._check_pairs()
+        self._check_groups()
 
     @property
     def tasks(self) -> int:
@@ -81,6 +87,24 @@ class Round:
     def blocks(self) -> int:
         """B."""
         return len(self.capacity)
+
+    @cached_property
+    def job_of_task(self) -> Ints:
+        """int64[T]: the number of each task's job, from 0 on without a gap."""
+        if self.group is None:
+            return np.arange(self.tasks, dtype=np.int64)
+        return np.cumsum(np.append(0, np.diff(self.group) > 0))[: self.tasks].astype(np.int64)
+
+    @property
+    def jobs(self) -> int:
+        """How many jobs the tasks belong to: T, unless some are elastic."""
+        return int(self.job_of_task[-1]) + 1 if self.tasks else 0
+
+    def siblings(self, tasks: Ints) -> NDArray[np.bool_]:
+        """bool[T]: who belongs to the job of one of `tasks`, those themselves included."""
+        chosen = np.zeros(self.jobs, dtype=bool)
+        chosen[self.job_of_task[tasks]] = True
+        return chosen[self.job_of_task]
 
     @cached_property
     def available(self) -> Ints:
@@ -99,6 +123,7 @@ class Round:
     def after(self, granted: Ints, tasks: Ints) -> "Round":
         """The round that is left: `granted` hold their demand, and only `tasks` still wait.
 
+        No job may be in both, and `tasks` must be in the order of the round where it has groups.
         What is held saturates at `MAX_UNITS`, above every capacity: nothing fits there either way.
         """
         held = np.zeros(self.capacity.shape, dtype=np.int64)
@@ -118,6 +143,7 @@ class Round:
             arrival=self.arrival[tasks],
             weight=self.weight[tasks],
             priority=self.priority[tasks],
+            group=None if self.group is None else self.group[tasks],
         )
 
     def pairs_of(self, tasks: Ints) -> Ints:
@@ -141,10 +167,11 @@ class Round:
             "weight": (np.float64, (tasks,)),
             "priority": (np.int64, (tasks,)),
             "fair_shares": (np.int64, (blocks,)),
+            "group": (np.int64, (tasks,)),
         }
         for name, (dtype, shape) in shapes.items():
             array = getattr(self, name)
-            if array is None and name == "fair_shares":
+            if array is None and name in ("fair_shares", "group"):
                 continue
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(
@@ -197,6 +224,15 @@ class Round:
         _require(
             rising or len(np.unique(pairs)) == len(pairs), "indices: a task asks for a block twice"
         )
+
+    def _check_groups(self) -> None:
+        if self.group is None:
+            return
+        steps = np.diff(self.group)
+        _require(_all(steps >= 0), "group: must not decrease")
+        for name in ("arrival", "priority"):
+            changes = np.diff(getattr(self, name)) != 0
+            _require(not (changes & (steps == 0)).any(), f"{name}: must be one within a group")
 
 
 def _all(condition: NDArray[np.bool_]) -> bool:

@@ -33,12 +33,23 @@ def fair_demands(round: Round) -> NDArray[np.bool_]:
     """bool[T]: whether a task asks at most its fair share, c_jα/N_j, of all it asks for.
 
     The fair pipelines of Luo et al., OSDI 2021, Section 4: those that DPF's guarantees are about.
-    N_j is the row's `fair_shares`, or the number of tasks that wait for it where nobody set one.
+    N_j is the row's `fair_shares`, or the number of jobs that wait for it where nobody set one.
     """
-    waiting = np.bincount(round.indices, minlength=round.blocks)
+    asking = round.indices
+    if round.group is not None:
+        pairs = np.unique(round.job_of_task[round.task_of_pair] * round.blocks + round.indices)
+        asking = pairs % round.blocks
+    waiting = np.bincount(asking, minlength=round.blocks)
     given = np.zeros_like(waiting) if round.fair_shares is None else round.fair_shares
     shares = np.where(given > 0, given, waiting).astype(np.int64)
     return _fair(round.indptr, round.indices, round.demand, round.capacity, shares)
+
+
+def fair_jobs(round: Round) -> NDArray[np.bool_]:
+    """bool[J]: which jobs ask at most their fair share, an elastic one with any of its points."""
+    fair = np.zeros(round.jobs, dtype=bool)
+    fair[round.job_of_task[fair_demands(round)]] = True
+    return fair
 
 
 def parts_asked(round: Round, picks: Ints) -> Floats:

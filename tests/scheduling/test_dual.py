@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from dpmoe_operator.scheduling import area, dpack, dpf, dual, optimal
+from dpmoe_operator.scheduling import area, dpack, dual, optimal
 from dpmoe_operator.scheduling.bounds import upper_bound
 from dpmoe_operator.scheduling.filling import fill, fits
 from dpmoe_operator.scheduling.outcome import Prices, Ranking

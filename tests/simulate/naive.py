@@ -25,11 +25,12 @@ def play(
         all_waiting: Whether the policy sees tasks that don't fit before the round, too.
     """
     granted: dict[int, float] = {}
+    job = workload.whole.job_of_task.tolist()
     for now in round_times(workload, rules):
         waiting = [
             task
             for task in range(workload.tasks)
-            if task not in granted
+            if job[task] not in {job[one] for one in granted}
             and workload.arrival[task] <= now <= workload.arrival[task] + workload.timeout[task]
         ]
         if not waiting:
@@ -71,8 +72,12 @@ def round_of(
             ]
     unlocked = []
     for row, amounts in enumerate(workload.capacity.tolist()):
-        arrivals = sum(
-            row in rows_of[task] for task in range(workload.tasks) if workload.arrival[task] <= now
+        arrivals = len(
+            {
+                int(workload.whole.job_of_task[task])
+                for task in range(workload.tasks)
+                if workload.arrival[task] <= now and row in rows_of[task]
+            }
         )
         part = released(workload, rules, row, now, arrivals)
         unlocked.append([floor(a * part) if a > 0 else a for a in amounts])
@@ -87,6 +92,7 @@ def round_of(
         arrival=workload.arrival[waiting],
         weight=workload.weight[waiting],
         priority=workload.priority[waiting],
+        group=None if workload.group is None else workload.group[waiting],
     )
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dpmoe_operator.cli.errors import user_errors
 from dpmoe_operator.scheduling.policies import POLICIES
 from dpmoe_operator.scheduling.policies import policy as policy_named
+from dpmoe_operator.simulate.elastic import Part, elastic
 from dpmoe_operator.simulate.engine import Played, play
 from dpmoe_operator.simulate.instance import read_instance, solve
 from dpmoe_operator.simulate.plots import write_plots
@@ -69,6 +70,13 @@ def simulate(
     weights: Annotated[
         Weights, typer.Option(help="Of a trace: 1 each, its profits, or ε times blocks.")
     ] = "count",
+    parts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--elastic",
+            help="PART:UTILITY: every task would also take that part of its demand; repeatable.",
+        ),
+    ] = None,
     fairness: Annotated[
         float,
         typer.Option(min=0, max=1, help="Share of the budget that goes in DPF's order first."),
@@ -96,6 +104,8 @@ def simulate(
         if workload is None:
             raise ValueError("WORKLOAD: name a trace, a workload or an --instance")
         made, rules = _read(workload, horizon, initial_blocks, weights, seed)
+        if parts:
+            made = elastic(made, [Part.parse(part) for part in parts])
         rules = _with_options(rules, unlock, period, until)
         played = [_play(made, name, rules, fairness, quiet=as_json) for name in names]
         limit = upper_bound(played[0]) if bound else None

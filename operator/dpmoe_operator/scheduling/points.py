@@ -46,10 +46,11 @@ def increments(
     return key, late
 
 
-def best_weights(round: Round, counts: NDArray[np.bool_]) -> Floats:
-    """float64[J]: the largest weight of each job, among its points that count."""
+def best_weights(round: Round, counts: NDArray[np.bool_] | None = None) -> Floats:
+    """float64[J]: the largest weight of each job, among its points that count; 0 if none does."""
     best = np.zeros(round.jobs)
-    np.maximum.at(best, round.job_of_task, np.where(counts, round.weight, 0.0))
+    weight = round.weight if counts is None else np.where(counts, round.weight, 0.0)
+    np.maximum.at(best, round.job_of_task, weight)
     return best
 
 

@@ -61,13 +61,24 @@ class Budgets:
         w = self._workload
         assert self._unlock.fair_shares is not None
         return _release_shares(
-            w.indices[w.indptr[first] : w.indptr[last]],
+            self._asked(first, last),
             self._unlock.fair_shares,
             w.capacity,
             self._arrivals,
             self.unlocked,
             self.available,
         )
+
+    def _asked(self, first: int, last: int) -> Ints:
+        """The rows that arriving tasks ask for; a row once for an elastic job."""
+        w = self._workload
+        pairs = slice(w.indptr[first], w.indptr[last])
+        if w.group is None:
+            return w.indices[pairs]
+        rows = len(w.capacity)
+        job = w.group[w.whole.task_of_pair[pairs]]
+        asked: Ints = np.unique(job * rows + w.indices[pairs]) % rows
+        return asked
 
     def _elapse(self, now: float) -> Ints:
         gained = []

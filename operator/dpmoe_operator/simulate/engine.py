@@ -41,7 +41,8 @@ class Played:
         workload: What was played.
         rules: By which rules.
         policy: By which policy.
-        granted_at: float64[T], when a task got budget; NaN if never.
+        granted_at: float64[T], when a task got budget; NaN if never. Of an elastic job, only the
+            point that was granted has a time.
         unlocked: int64[B, A], at the end.
         spent: int64[B, A], at the end.
         rounds: How many rounds there were.
@@ -58,6 +59,13 @@ class Played:
     rounds: int
     seconds: float
     decided: float
+
+    @property
+    def granted_jobs(self) -> NDArray[np.bool_]:
+        """bool[J]: which jobs got budget, at whichever of their points."""
+        served = np.zeros(self.workload.jobs, dtype=bool)
+        served[self.workload.whole.job_of_task[self.granted]] = True
+        return served
 
     @property
     def granted(self) -> NDArray[np.bool_]:
@@ -94,6 +102,7 @@ def play(
     decided = time.perf_counter() - begin
     granted_at = np.full(workload.tasks, np.nan)
     hurried = bool(np.isfinite(workload.timeout).any())
+    job, served = workload.whole.job_of_task, np.zeros(workload.jobs, dtype=bool)
     everyone, lingering = np.arange(workload.tasks), np.zeros(0, dtype=np.int64)
     arrived, rounds = 0, 0
     for now, seen in _rounds(workload.arrival, rules):
@@ -102,6 +111,8 @@ def play(
         candidates = everyone[arrived:seen]
         if len(woken) or len(lingering):
             candidates = np.concatenate((lingering, woken, candidates))
+        if workload.group is not None:
+            candidates = candidates[~served[job[candidates]]]
         if hurried:
             waited = now - workload.arrival[candidates]
             candidates = candidates[waited <= workload.timeout[candidates]]
@@ -112,7 +123,8 @@ def play(
             decided += time.perf_counter() - asked
             budgets.spend(chosen)
             granted_at[chosen] = now
-            refused = ready[np.isnan(granted_at[ready])]
+            served[job[chosen]] = True
+            refused = ready[~served[job[ready]]]
             lingering = waiting.settle(refused, budgets.available)
         arrived, rounds = seen, rounds + 1
         if progress is not None:
@@ -211,4 +223,5 @@ class _Asking:
             weight=w.weight[tasks],
             priority=w.priority[tasks],
             fair_shares=shares,
+            group=None if w.group is None else w.group[tasks],
         )

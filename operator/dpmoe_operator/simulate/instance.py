@@ -8,6 +8,8 @@ A NumPy archive (`.npz`) holds, with T tasks, B blocks, A orders and nnz (task, 
     capacity    [B, A]   what each block has, in ε
     orders      [A]      Rényi orders, increasing, above 1
     weight      [T]      optional, > 0; 1 if absent
+    group       [T]      optional, not decreasing: tasks of one number are the points of one elastic
+                         job, of which at most one is granted
 
 Numbers become integers in 10⁻⁹ ε against the tasks: demands round up and capacities down, so what
 is granted fits in real arithmetic as well. An integer array is taken as ε, too.
@@ -32,6 +34,7 @@ _SHAPES = {
     "capacity": "[blocks, orders]",
     "orders": "[orders]",
     "weight": "[tasks]",
+    "group": "[tasks]",
 }
 
 
@@ -70,6 +73,7 @@ def read_instance(path: Path) -> Round:
             arrival=np.zeros(tasks),
             weight=_weight(path, arrays, tasks),
             priority=np.zeros(tasks, dtype=np.int64),
+            group=_whole_numbers(path, arrays, "group") if "group" in arrays else None,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -103,7 +107,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
                 arrays = {name: archive[name] for name in archive.files}
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path}: {error}; {remedy}") from None
-    needed = _SHAPES.keys() - {"weight"}
+    needed = _SHAPES.keys() - {"weight", "group"}
     missing = [f"{name} {_SHAPES[name]}" for name in sorted(needed) if name not in arrays]
     if missing:
         raise ValueError(f"{path}: holds no {', '.join(missing)}; add it with numpy.savez")

@@ -24,13 +24,13 @@ def to_object(
     return {
         "workload": {
             "name": workload.name,
-            "tasks": workload.tasks,
+            "tasks": workload.jobs,
             "blocks": workload.blocks,
             "orders": workload.orders.tolist(),
         },
         "rules": {"unlock": str(rules.unlock), "period": rules.period, "until": rules.until},
         "results": [
-            {**summary.to_object(), "granted_at": _times(one)}
+            {**summary.to_object(), "granted_at": _times(one), **_points(one)}
             for one, summary in zip(played, summaries, strict=True)
         ],
     }
@@ -39,7 +39,7 @@ def to_object(
 def to_table(workload: Workload, rules: Rules, summaries: Sequence[Summary]) -> Table:
     """One row a policy."""
     table = Table(
-        title=f"{workload.name}\n{workload.tasks:,} tasks, {workload.blocks:,} blocks,"
+        title=f"{workload.name}\n{workload.jobs:,} tasks, {workload.blocks:,} blocks,"
         f" {len(workload.orders)} orders, unlock {rules.unlock}",
         caption="bound: no policy could grant more weight. fair: of the tasks that ask at most\n"
         "their fair share, which part got it. decided, total: seconds of the policy, of all.",
@@ -67,8 +67,21 @@ def to_table(workload: Workload, rules: Rules, summaries: Sequence[Summary]) -> 
 
 
 def _times(played: Played) -> list[float | None]:
-    times = played.granted_at.tolist()
-    return [None if np.isnan(time) else time for time in times]
+    """When each job was granted."""
+    granted = np.full(played.workload.jobs, np.nan)
+    job = played.workload.whole.job_of_task[played.granted]
+    granted[job] = played.granted_at[played.granted]
+    return [None if np.isnan(time) else time for time in granted.tolist()]
+
+
+def _points(played: Played) -> dict[str, list[float | None]]:
+    """What the granted point of each job weighs, where some are elastic."""
+    if played.workload.group is None:
+        return {}
+    weight = np.full(played.workload.jobs, np.nan)
+    job = played.workload.whole.job_of_task[played.granted]
+    weight[job] = played.workload.weight[played.granted]
+    return {"granted_weight": [None if np.isnan(one) else one for one in weight.tolist()]}
 
 
 def _figure(value: float | None) -> str:

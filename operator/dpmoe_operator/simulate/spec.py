@@ -40,6 +40,7 @@ from dpmoe_operator.privacy.units import capacity_units, spend_units
 from dpmoe_operator.scheduling.round import Floats, Ints
 from dpmoe_operator.simulate.amounts import spend_units as spend_units_of
 from dpmoe_operator.simulate.curves import laplace
+from dpmoe_operator.simulate.elastic import Part, elastic
 from dpmoe_operator.simulate.generators.privatekube import BASIC_ORDERS
 from dpmoe_operator.simulate.rules import Rules, Unlock
 from dpmoe_operator.simulate.sources import Generator
@@ -185,8 +186,42 @@ class TrainingSpec(ApiModel):
     steps: Annotated[int, Field(ge=1, le=10**9)]
 
 
+class PointSpec(ApiModel):
+    """Another demand, or other blocks, that an elastic task would also take.
+
+    Attributes:
+        utility: What it is worth, of the task's weight.
+    """
+
+    utility: Annotated[float, Field(gt=0, lt=1)]
+    blocks: SelectionSpec | None = None
+    epsilon: EpsilonString | None = None
+    training: TrainingSpec | None = None
+    laplace: DecimalString | None = None
+    curve: list[EpsilonString] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        stated = [name for name in (*_DEMANDS, "blocks") if getattr(self, name) is not None]
+        if not stated or len(set(stated) - {"blocks"}) > 1:
+            raise SpecError("tasks.points", stated, "must state blocks, one demand, or both")
+        return self
+
+    def of(self, whole: "TasksSpec") -> "TasksSpec":
+        """The group of tasks at this point."""
+        changes = {name: getattr(self, name) for name in _DEMANDS}
+        if not any(changes.values()):
+            changes = {}
+        if self.blocks is not None:
+            changes["blocks"] = self.blocks
+        return whole.model_copy(update=changes)
+
+
+_DEMANDS = ("epsilon", "training", "laplace", "curve")
+
+
 class TasksSpec(ApiModel):
-    """A group of tasks that are alike."""
+    """A group of tasks that are alike. With `points`, each task is granted at one of them."""
 
     arrivals: ArrivalsSpec
     blocks: SelectionSpec
@@ -198,6 +233,7 @@ class TasksSpec(ApiModel):
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     timeout: Interval | None = None
     namespace: DnsLabel | None = None
+    points: Annotated[list[PointSpec], Field(max_length=16)] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -237,6 +273,13 @@ class TasksSpec(ApiModel):
         return np.array([spend_units(Decimal(amount)) for amount in self.curve], dtype=np.int64)
 
 
+class PartSpec(ApiModel):
+    """A part of its demand that every task would also take; see `Part`."""
+
+    part: Annotated[float, Field(gt=0, lt=1, multiple_of=0.001)]
+    utility: Annotated[float, Field(gt=0, lt=1)]
+
+
 class WorkloadSpec(ApiModel):
     """A workload and its rules: a generator, or blocks and groups of tasks."""
 
@@ -248,6 +291,7 @@ class WorkloadSpec(ApiModel):
     blocks: BlocksSpec = BlocksSpec()
     caps: dict[DnsLabel, EpsilonString] = {}
     tasks: list[TasksSpec] = []
+    elastic: Annotated[list[PartSpec], Field(max_length=16)] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -283,29 +327,36 @@ def read_spec(path: Path, seed: int | None = None) -> tuple[Workload, Rules]:
 def build(spec: WorkloadSpec, seed: int, folder: Path) -> Workload:
     """The workload of a checked spec."""
     if spec.generator is not None:
-        return spec.generator.make(seed, folder)
+        made = spec.generator.make(seed, folder)
+    else:
+        made = _of_tasks(spec, seed)
+    if not spec.elastic:
+        return made
+    return elastic(made, [Part(round(one.part * 1000), one.utility) for one in spec.elastic])
+
+
+def _of_tasks(spec: WorkloadSpec, seed: int) -> Workload:
+    """The workload of a spec that states its own tasks."""
     assert spec.budget is not None
     budget, opened = spec.budget, spec.blocks.opened()
     caps = _Caps(spec.caps, len(opened))
     parts: dict[str, list[Any]] = {name: [] for name in _TASK_FIELDS}
-    rng = np.random.default_rng(seed)
+    rng, jobs = np.random.default_rng(seed), 0
     for group in spec.tasks:
-        amounts = group.demand(budget)
+        points = [(1.0, group), *((point.utility, point.of(group)) for point in group.points)]
+        amounts = [point.demand(budget) for _, point in points]
         for arrival in group.arrivals.draw(rng).tolist():
             there = int(np.searchsorted(opened, arrival, side="right"))
-            rows = group.blocks.choose(rng, there)
-            if rows is None:
-                raise SpecError(
-                    "tasks.blocks",
-                    group.blocks.to_object(),
-                    f"only {there} blocks are open at second {arrival:g}; ask for fewer",
-                )
-            parts["asked"].append(caps.with_caps(rows, group.namespace))
-            parts["demand"].append(amounts)
-            parts["arrival"].append(arrival)
-            parts["weight"].append(group.weight)
-            parts["priority"].append(group.priority)
-            parts["timeout"].append(NEVER if group.timeout is None else group.timeout)
+            jobs += 1
+            for (utility, point), asked in zip(points, amounts, strict=True):
+                rows = _chosen(point.blocks, rng, there, arrival)
+                parts["asked"].append(caps.with_caps(rows, group.namespace))
+                parts["demand"].append(asked)
+                parts["arrival"].append(arrival)
+                parts["weight"].append(group.weight * utility)
+                parts["priority"].append(group.priority)
+                parts["timeout"].append(NEVER if group.timeout is None else group.timeout)
+                parts["group"].append(jobs)
     if not parts["asked"]:
         raise SpecError("tasks", len(spec.tasks), "no task arrives; let some arrive earlier")
     return make_workload(
@@ -325,10 +376,29 @@ def build(spec: WorkloadSpec, seed: int, folder: Path) -> Workload:
         weight=np.array(parts["weight"]),
         priority=np.array(parts["priority"], dtype=np.int64),
         timeout=np.array(parts["timeout"]),
+        group=np.array(parts["group"], dtype=np.int64)
+        if any(group.points for group in spec.tasks)
+        else None,
     )
 
 
-_TASK_FIELDS = ("asked", "demand", "arrival", "weight", "priority", "timeout")
+def _chosen(blocks: SelectionSpec, rng: np.random.Generator, there: int, arrival: float) -> Ints:
+    """The rows that a task asks for.
+
+    Raises:
+        SpecError: There aren't so many blocks yet.
+    """
+    rows = blocks.choose(rng, there)
+    if rows is None:
+        raise SpecError(
+            "tasks.blocks",
+            blocks.to_object(),
+            f"only {there} blocks are open at second {arrival:g}; ask for fewer",
+        )
+    return rows
+
+
+_TASK_FIELDS = ("asked", "demand", "arrival", "weight", "priority", "timeout", "group")
 
 
 class _Caps:

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from dpmoe_operator.scheduling.points import best_weights
 from dpmoe_operator.scheduling.policies import POLICIES
 from dpmoe_operator.scheduling.round import Floats, Round
-from dpmoe_operator.scheduling.shares import fair_demands
+from dpmoe_operator.scheduling.shares import fair_jobs
 from dpmoe_operator.simulate.engine import Played
 from dpmoe_operator.simulate.workload import Workload
 
@@ -18,10 +19,10 @@ class Summary:
 
     Attributes:
         policy: Its name.
-        tasks: How many there were.
+        tasks: How many there were; an elastic job is one.
         granted: How many got budget.
-        weight: Their weight.
-        weight_of_all: The weight of all tasks.
+        weight: Their weight; of an elastic job, that of the point which was granted.
+        weight_of_all: The weight of all tasks, each at its best point.
         upper_bound: No policy could grant more weight out of what was unlocked in the end, not even
             one that knows all tasks in advance; None if not asked for.
         wait_mean: Mean seconds from arrival to grant, of those granted; None if nobody was.
@@ -65,18 +66,18 @@ def summarise(
     """
     workload, granted = played.workload, played.granted
     waited = waits(played)
-    fair = fair_demands(_with_fair_shares(workload, fair_shares or played.rules.unlock.fair_shares))
+    fair = fair_jobs(_with_fair_shares(workload, fair_shares or played.rules.unlock.fair_shares))
     return Summary(
         policy=played.policy,
-        tasks=workload.tasks,
+        tasks=workload.jobs,
         granted=int(granted.sum()),
         weight=float(workload.weight[granted].sum()),
-        weight_of_all=float(workload.weight.sum()),
+        weight_of_all=float(best_weights(workload.whole).sum()),
         upper_bound=upper_bound,
         wait_mean=float(waited.mean()) if len(waited) else None,
         wait_p95=float(np.quantile(waited, 0.95)) if len(waited) else None,
         fair=int(fair.sum()),
-        fair_granted=float(granted[fair].mean()) if fair.any() else None,
+        fair_granted=float(played.granted_jobs[fair].mean()) if fair.any() else None,
         rounds=played.rounds,
         seconds=played.seconds,
         decided=played.decided,

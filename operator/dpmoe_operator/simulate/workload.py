@@ -37,6 +37,7 @@ class Workload:
         weight: float64[T], > 0.
         priority: int64[T], higher first.
         timeout: float64[T], seconds after which a waiting task leaves; `NEVER` allowed.
+        group: int64[T], the jobs whose points tasks are, as in `Round`; None if none is elastic.
 
     Raises:
         ValueError: A task arrives before a block that it asks for, arrivals decrease, or the
@@ -55,6 +56,7 @@ class Workload:
     weight: Floats
     priority: Ints
     timeout: Floats
+    group: Ints | None = None
 
     def __post_init__(self) -> None:
         everything = self.whole  # Checks shapes and values, as every round would.
@@ -74,6 +76,11 @@ class Workload:
     def tasks(self) -> int:
         """T."""
         return len(self.arrival)
+
+    @property
+    def jobs(self) -> int:
+        """How many jobs the tasks belong to: T, unless some are elastic."""
+        return self.whole.jobs
 
     @property
     def blocks(self) -> int:
@@ -96,6 +103,7 @@ class Workload:
             arrival=self.arrival,
             weight=self.weight,
             priority=self.priority,
+            group=self.group,
         )
 
 
@@ -112,8 +120,9 @@ def make_workload(
     priority: Ints | None = None,
     timeout: Floats | None = None,
     is_cap: NDArray[np.bool_] | None = None,
+    group: Ints | None = None,
 ) -> Workload:
-    """A workload from tasks in any order; what is left out is 1, 0, never, and no cap.
+    """A workload from tasks in any order; what is left out is 1, 0, never, no cap, and no group.
 
     Args:
         name: As in `Workload`, like all that isn't named here.
@@ -127,6 +136,7 @@ def make_workload(
         priority: int64[T].
         timeout: float64[T].
         is_cap: bool[B].
+        group: int64[T]; the tasks of one group arrive together and follow each other.
     """
     tasks = len(arrival)
     first = np.argsort(arrival, kind="stable")
@@ -144,4 +154,10 @@ def make_workload(
         weight=np.ones(tasks) if weight is None else weight[first],
         priority=np.zeros(tasks, dtype=np.int64) if priority is None else priority[first],
         timeout=np.full(tasks, NEVER) if timeout is None else timeout[first],
+        group=None if group is None else _numbered(group[first]),
     )
+
+
+def _numbered(group: Ints) -> Ints:
+    """The same groups, numbered in the order in which they come."""
+    return np.cumsum(np.append(0, np.diff(group) != 0)).astype(np.int64)

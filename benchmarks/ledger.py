@@ -9,12 +9,17 @@ import asyncio
 import json
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+if not __package__:
+    # Run as a script: Python has put this folder first, where the package is not to be found.
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.cluster import World, api_server, kubernetes_version, world
 from benchmarks.common import Json, Quick, Recorder, Seed, note, report, resident_bytes, seconds

@@ -8,6 +8,7 @@ with one thread (`--threads 1`) is what a quiet one would show.
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+
+if not __package__:
+    # Run as a script: Python has put this folder first, where the package is not to be found.
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.common import Json, Quick, Recorder, Seed, note, report
 from benchmarks.trainer_memory import peak_bytes

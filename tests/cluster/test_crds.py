@@ -193,6 +193,23 @@ CONTRADICTIONS: list[tuple[str, Object, str]] = [
     ("dpmoejobs", job_spec(model={"path": "/m"}), "exactly one of path, claim, huggingFace"),
     ("dpmoejobs", job_spec(output={"uri": "s3://a/b"}), "exactly one of claim, uri"),
     ("dpmoejobs", job_spec(training={"epochs": 3}), "exactly one of epochs, steps"),
+    ("dpmoejobs", job_spec(elastic={}), "epsilon or blocks must be set"),
+    (
+        "dpmoejobs",
+        job_spec(
+            privacy={"epsilon": ABSENT, "noiseMultiplier": "2"},
+            elastic={"epsilon": [{"epsilon": "1", "utility": "0.5"}]},
+        ),
+        "elastic.epsilon needs privacy.epsilon",
+    ),
+    (
+        "dpmoejobs",
+        job_spec(
+            blocks={"names": ABSENT, "selector": {"matchLabels": {"a": "b"}}},
+            elastic={"blocks": [{"count": 1, "utility": "0.5"}]},
+        ),
+        "elastic.blocks needs blocks.names or blocks.count",
+    ),
     ("dpmoejobs", job_spec(privacy={"epsilon": ABSENT}), "epsilon or noiseMultiplier must be set"),
 ]
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cluster.conftest import assets
+import yaml
+from tests.cluster.conftest import ROOT, assets
 from tests.cluster.world import OTHER_TEAM, OWNER, World, block, fill_volumes, job, namespaces
 from transformers import AutoModelForSequenceClassification
 
@@ -49,6 +50,24 @@ def test_job_trains_and_is_settled_for_its_plan(world: World) -> None:
     folder = world.stack.volumes / OWNER / "results" / "team-a" / "trains"
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.config.num_local_experts == 4
+
+
+def test_elastic_job_is_granted_at_one_point_and_pays_for_that(world: World) -> None:
+    """The example's points, on a block that is there and one that is not: the best on one block."""
+    manifest = yaml.safe_load((ROOT / "examples" / "extra" / "elastic-job.yaml").read_text())
+    asked = {name: manifest["spec"][name] for name in ("elastic", "privacy")}
+    both = {"namespace": OWNER, "names": ["notes", "not-there-yet"]}
+    world.apply(job("elastic", **asked, blocks=both))
+    status = world.until_state("elastic", "Completed", "Failed")
+    assert status["state"] == "Completed", status
+    assert (status["epsilon"], status["utility"], status["blocks"]) == ("6", "0.7", ["notes"])
+    assert status["epsilonSpent"] == "6"
+    [granted] = [g for g in world.records("granted") if g["job"]["name"] == "elastic"]
+    assert (granted["utility"], len(granted["charges"])) == ("0.7", 1)
+    wide = world.stack.kubectl("get", "dpj", "elastic", "-n", "team-a", "-o", "wide")
+    header, row = wide.splitlines()
+    assert "UTILITY" in header
+    assert "0.7" in row.split()
 
 
 def test_refused_model_costs_nothing(world: World) -> None:

@@ -30,7 +30,7 @@ def random_round() -> MakeRound:
 
 @pytest.fixture(scope="session")
 def elastic_round() -> MakeRound:
-    """`elastic_round(seed, tasks, blocks, orders)`: as `random_round`, jobs of one to four points."""
+    """`elastic_round(seed, tasks, blocks, orders)`: as `random_round`, jobs of several points."""
     return elastic_at_random
 
 

@@ -116,11 +116,13 @@ def test_points_in_yaml(tmp_path: Path) -> None:
     played = play(workload, policy("dual"), replace(rules, period=5.0))
     assert summarise(played).weight == pytest.approx(2.0)
 
-    path.write_text(POINTS + 'elastic: [{part: 0.5, utility: 0.7}]\n')
+    path.write_text(POINTS + "elastic: [{part: 0.5, utility: 0.7}]\n")
     with pytest.raises(ValueError, match="already"):
         read_spec(path)
-    path.write_text("generator: {kind: dpack-blocks, spread: 3, tasks: 20}\n"
-                    "elastic: [{part: 0.5, utility: 0.7}]\n")
+    path.write_text(
+        "generator: {kind: dpack-blocks, spread: 3, tasks: 20}\n"
+        "elastic: [{part: 0.5, utility: 0.7}]\n"
+    )
     assert (read_spec(path)[0].tasks, read_spec(path)[0].jobs) == (40, 20)
 
 

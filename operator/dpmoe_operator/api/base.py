@@ -36,6 +36,9 @@ DecimalString = Annotated[
 ]
 """A non-negative decimal number, plain or with a negative exponent."""
 
+UtilityString = Annotated[str, Field(pattern=r"^(1|0\.[0-9]{1,6})$", max_length=8)]
+"""A part of the whole utility of a job, at most 1."""
+
 DnsLabel = Annotated[
     str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=63)
 ]

@@ -156,9 +156,27 @@ def dpmoe_job() -> Json:
     """The CustomResourceDefinition of DPMoEJob."""
     schema = structural_schema(dpmoejob.DPMoEJobSpec)
     frozen = [field for field in schema["properties"] if field not in dpmoejob.MUTABLE]
-    schema["x-kubernetes-validations"] = _frozen(frozen)
+    schema["x-kubernetes-validations"] = [
+        *_frozen(frozen),
+        {
+            "rule": "!has(self.elastic) || !has(self.elastic.epsilon)"
+            " || has(self.privacy.epsilon) && !has(self.privacy.noiseMultiplier)",
+            "message": "elastic.epsilon needs privacy.epsilon, and no privacy.noiseMultiplier",
+        },
+        {
+            "rule": "!has(self.elastic) || !has(self.elastic.blocks)"
+            " || has(self.blocks.names) || has(self.blocks.count)",
+            "message": "elastic.blocks needs blocks.names or blocks.count",
+        },
+    ]
     properties = schema["properties"]
     properties["blocks"]["x-kubernetes-validations"] = [_exactly_one("names", "selector")]
+    properties["elastic"]["x-kubernetes-validations"] = [
+        {
+            "rule": "has(self.epsilon) || has(self.blocks)",
+            "message": "epsilon or blocks must be set",
+        }
+    ]
     properties["model"]["x-kubernetes-validations"] = [_exactly_one("path", "claim", "huggingFace")]
     properties["output"]["x-kubernetes-validations"] = [_exactly_one("claim", "uri")]
     properties["training"]["x-kubernetes-validations"] = [_exactly_one("epochs", "steps")]

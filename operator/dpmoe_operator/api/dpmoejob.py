@@ -35,6 +35,7 @@ from dpmoe_operator.api.base import (
     positive,
     refuse_parent_steps,
 )
+from dpmoe_operator.api.elastic import Elastic, Point
 from dpmoe_operator.api.privateblock import AmountText, HuggingFaceId, Revision
 
 KIND = "DPMoEJob"
@@ -57,7 +58,9 @@ class BlockSelector(ApiModel):
 class BlockRequest(ApiModel):
     """The blocks that a job trains on: by name, or `count` of those that a selector matches.
 
-    All of them live in one data namespace, where the trainer pods run.
+    All of them live in one data namespace, where the trainer pods run. `pick` says which of more
+    matching blocks are meant, until the job is granted: the first by name, the latest that were
+    created, or any, spread evenly over jobs.
     """
 
     namespace: DnsLabel
@@ -66,12 +69,22 @@ class BlockRequest(ApiModel):
     ) = None
     selector: BlockSelector | None = None
     count: Annotated[int, Field(ge=1, le=MAX_BLOCKS)] | None = None
+    pick: Literal["name", "latest", "any"] = "name"
+
+    @property
+    def most(self) -> int | None:
+        """How many blocks the job asks for; None for all that match."""
+        return self.count if self.names is None else len(self.names)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         exactly_one("spec.blocks", {"names": self.names, "selector": self.selector})
         if self.names is not None and self.count not in (None, len(self.names)):
             raise SpecError("spec.blocks.count", self.count, "must be absent where names are given")
+        if self.pick != "name" and self.count is None:
+            raise SpecError(
+                "spec.blocks.pick", self.pick, "must be absent unless selector and count are set"
+            )
         return self
 
 
@@ -364,6 +377,7 @@ class DPMoEJobSpec(ApiModel):
 
     blocks: BlockRequest
     privacy: Privacy
+    elastic: Elastic | None = None
     model: Model
     training: Training
     parallelism: Parallelism = Parallelism()
@@ -377,6 +391,36 @@ class DPMoEJobSpec(ApiModel):
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=315_360_000)] | None = None
     suspend: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.elastic is not None:
+            self.elastic.check(
+                epsilon=self.privacy.epsilon,
+                noise_multiplier=self.privacy.noise_multiplier,
+                count=self.blocks.most,
+            )
+        return self
+
+    def points(self) -> list[tuple[Self, str]]:
+        """The job at each of its points and that point's utility, the best first.
+
+        A job that is not elastic has one point, of utility 1.
+        """
+        if self.elastic is None:
+            return [(self, "1")]
+        points = self.elastic.points(self.privacy.epsilon, self.blocks.most)
+        return [(self._at(point), point.utility) for point in points]
+
+    def _at(self, point: Point) -> Self:
+        privacy, blocks = self.privacy, self.blocks
+        if point.epsilon is not None:
+            privacy = privacy.model_copy(update={"epsilon": point.epsilon})
+        if point.count is not None and blocks.names is not None:
+            blocks = blocks.model_copy(update={"names": blocks.names[: point.count]})
+        elif point.count is not None:
+            blocks = blocks.model_copy(update={"count": point.count})
+        return self.model_copy(update={"privacy": privacy, "blocks": blocks})
 
 
 class EvaluationStatus(StatusModel):
@@ -398,6 +442,7 @@ class DPMoEJobStatus(StatusModel):
     message: MessageText | None = None
     epsilon: AmountText | None = None
     epsilon_spent: AmountText | None = None
+    utility: AmountText | None = None
     noise_multiplier: AmountText | None = None
     sampling_rate: AmountText | None = None
     steps: Annotated[int, Field(ge=0)] | None = None
@@ -424,6 +469,7 @@ COLUMNS: list[dict[str, Any]] = [
     {"name": "Spent", "type": "string", "jsonPath": ".status.epsilonSpent"},
     {"name": "Progress", "type": "string", "jsonPath": ".status.progress"},
     {"name": "Accuracy", "type": "string", "jsonPath": ".status.evaluation.accuracy"},
+    {"name": "Utility", "type": "string", "jsonPath": ".status.utility", "priority": 1},
     {"name": "Blocks", "type": "string", "jsonPath": ".status.blocks", "priority": 1},
     {"name": "Output", "type": "string", "jsonPath": ".status.output", "priority": 1},
     {"name": "Message", "type": "string", "jsonPath": ".status.message", "priority": 1},

@@ -19,6 +19,7 @@ from dpmoe_operator.api.base import (
     ImageName,
     SpecError,
     Timestamp,
+    UtilityString,
 )
 
 KIND = "LedgerEntry"
@@ -81,7 +82,10 @@ class Charge(ApiModel):
 
 
 class Granted(ApiModel):
-    """A job's whole plan is reserved on all its accounts."""
+    """A job's whole plan is reserved on all its accounts.
+
+    `utility` is there where the job is elastic: what the granted point is worth, of the whole job.
+    """
 
     job: ObjectReference
     plan_digest: Sha256
@@ -94,6 +98,7 @@ class Granted(ApiModel):
     image: ImageName
     reports_prove: bool
     charges: Annotated[list[Charge], Field(min_length=1, max_length=256)]
+    utility: UtilityString | None = None
 
 
 class Launched(ApiModel):

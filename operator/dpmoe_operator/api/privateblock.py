@@ -181,11 +181,15 @@ class Budget(ApiModel):
 
 
 class Unlocking(ApiModel):
-    """When the budget becomes available: at once, by arrivals (DPF-N) or by time (DPF-T)."""
+    """When the budget becomes available: at once, by arrivals (DPF-N) or by time (DPF-T).
+
+    By time, evenly over the lifetime of the data, or in so many equal `steps`.
+    """
 
     kind: Literal["immediate", "arrivals", "time"] = "immediate"
     arrivals: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     lifetime_seconds: Annotated[int, Field(ge=1, le=3_153_600_000)] | None = None
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -201,6 +205,8 @@ class Unlocking(ApiModel):
                 self.lifetime_seconds,
                 "must be set for kind time, and only there",
             )
+        if self.steps is not None and self.kind != "time":
+            raise SpecError("spec.unlocking.steps", self.steps, "must be absent but for kind time")
         return self
 
 

@@ -43,7 +43,9 @@ def demo(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the embedded API server; 0 for any.")
     ] = 0,
-    policy: Annotated[str, typer.Option(help=f"Scheduling policy: {', '.join(POLICIES)}.")] = "dpf",
+    policy: Annotated[
+        str, typer.Option(help=f"Scheduling policy: {', '.join(POLICIES)}.")
+    ] = "dual",
     keep: Annotated[bool, typer.Option(help="Keep everything running after the end.")] = False,
 ) -> None:
     """Run the demo: two blocks, two teams, four jobs; the last line printed is JSON."""

@@ -25,7 +25,7 @@ def operator(
     policy: Annotated[
         str,
         typer.Option(envvar="DPMOE_POLICY", help=f"Scheduling policy: {', '.join(POLICIES)}."),
-    ] = "dpf",
+    ] = "dual",
     fairness: Annotated[
         float,
         typer.Option(

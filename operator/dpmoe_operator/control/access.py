@@ -4,6 +4,7 @@ The owner's word is `spec.access` of each block, the platform team's is the oper
 Whatever neither opened is refused, with the field, the value and who can mend it.
 """
 
+import hashlib
 import posixpath
 from collections.abc import Collection, Mapping, Sequence
 
@@ -13,6 +14,7 @@ from dpmoe_operator.api.identity import within
 from dpmoe_operator.api.privateblock import Access, PrivateBlockSpec
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.accounts import Standing
+from dpmoe_operator.control.rows import age
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.views import JobView
 from dpmoe_operator.launch import paths
@@ -28,13 +30,15 @@ class Refusal(Exception):
 
 def choose_blocks(
     spec: DPMoEJobSpec,
+    uid: str,
     standings: Mapping[tuple[str, str], Standing],
     granted: Collection[str] = (),
 ) -> list[Standing]:
-    """The blocks that the job names, or the first `count` that its selector matches, by name.
+    """The blocks that the job names, or `count` of those that its selector matches.
 
     Args:
-        spec: of the job.
+        spec: of the job, at one of its points.
+        uid: of the job.
         standings: of all blocks.
         granted: the accounts of the job's grant, if it has one. The selector has chosen then, and
             blocks that were retired since are still the job's.
@@ -87,7 +91,7 @@ def choose_blocks(
                 "absent",
                 f"{count} PrivateBlocks match {dict(labels)}; must be set, to at most {MAX_BLOCKS}",
             )
-        chosen = matching[:count]
+        chosen = _picked(matching, wanted.pick, uid)[:count]
     for standing in chosen:
         if standing.retired is not None and not granted:
             raise Refusal(
@@ -102,6 +106,24 @@ def choose_blocks(
                 f" ({standing.refusal[0]}); its owner must mend it first",
             )
     return chosen
+
+
+def _picked(matching: Sequence[Standing], pick: str, uid: str) -> list[Standing]:
+    """Matching blocks, those that the job prefers first.
+
+    `any` gives each job an order of its own, which stays when blocks come and go (rendezvous
+    hashing; Thaler and Ravishankar 1996), so that jobs spread evenly and none changes its mind.
+    """
+    match pick:
+        case "latest":
+            return sorted(matching, key=lambda standing: age(standing.block), reverse=True)
+        case "any":
+            return sorted(
+                matching,
+                key=lambda s: hashlib.sha256(f"{uid} {s.block.meta.uid}".encode()).digest(),
+            )
+        case _:
+            return list(matching)
 
 
 def check_access(job: JobView, chosen: Sequence[Standing], settings: Settings) -> list[Access]:

@@ -17,6 +17,7 @@ from dpmoe_operator.api.privateblock import Unlocking
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.access import Refusal
 from dpmoe_operator.control.accounts import Standing
+from dpmoe_operator.control.market import Market, Row
 from dpmoe_operator.control.planning import Planned
 from dpmoe_operator.control.projection import Waiting, timed_out
 from dpmoe_operator.control.settings import Settings
@@ -72,6 +73,7 @@ def allocate(
     judged: Mapping[tuple[str, str], Standing],
     plans: Mapping[str, Planned],
     refusals: Mapping[str, Refusal],
+    market: Market | None = None,
 ) -> Allocation:
     """Run the policy over the jobs that may get budget now.
 
@@ -81,6 +83,7 @@ def allocate(
         judged: blocks and their accounts.
         plans: jobs that could be planned, by uid.
         refusals: jobs that could not, by uid.
+        market: remembers prices between rounds; None to start afresh.
     """
     waiting: dict[str, Waiting] = {
         uid: Waiting(refusal.reason, refusal.message)
@@ -99,15 +102,20 @@ def allocate(
     unlocked = _unlocked(snapshot, judged, candidates)
     if not candidates:
         return Allocation(waiting=waiting, unlocked=unlocked)
+    market = market or Market()
     table = _Table(snapshot, candidates, unlocked)
-    round_ = table.round()
-    outcome = policy(settings.policy).grant(round_, fairness=settings.fairness)
+    round_, rows = table.round(), table.meaning()
+    orders = tuple(map(str, table.orders))
+    outcome = policy(settings.policy).grant(
+        round_, prices=market.quote(rows, orders), fairness=settings.fairness
+    )
     check_grants(round_, outcome.granted)
+    market.learn(rows, orders, outcome.prices)
     for explanation in explain(round_, outcome.granted, outcome.order, table.rules()):
-        planned = candidates[explanation.task]
+        planned = table.tasks[explanation.task]
         waiting[planned.job.meta.uid] = _in_words(planned, explanation, table)
     return Allocation(
-        granted=tuple(candidates[int(task)].reservation for task in outcome.granted),
+        granted=tuple(table.tasks[int(task)].reservation for task in outcome.granted),
         waiting=waiting,
         unlocked=unlocked,
         outcome=outcome,
@@ -124,7 +132,7 @@ def _held_back(planned: Planned, snapshot: Snapshot) -> Waiting | None:
         return _waiting(
             planned, Reason.SUSPENDED, "spec.suspend is true; set it to false to ask for budget"
         )
-    if any(account not in snapshot.ledger.accounts for account in planned.demand):
+    if any(account not in snapshot.ledger.accounts for account in planned.accounts):
         return _waiting(
             planned, Reason.PENDING_EVALUATION, "the account of a block is being opened"
         )
@@ -155,7 +163,7 @@ def _unlocked(
     """
     arrivals: dict[str, int] = {}
     for planned in candidates:
-        for name in planned.demand:
+        for name in planned.accounts:
             arrivals[name] = arrivals.get(name, 0) + 1
     result: dict[str, Unlocked] = {}
     for standing in judged.values():
@@ -183,17 +191,19 @@ def _rule(account: Account, declared: Unlocking, arrivals: int) -> unlocking.Unl
         return unlocking.ByArrivals(fair_shares=declared.arrivals, arrivals=arrivals)
     if declared.lifetime_seconds is not None:
         opened = parse_time(account.time).timestamp()
-        return unlocking.ByTime(opened=opened, lifetime=float(declared.lifetime_seconds))
+        return unlocking.ByTime(opened, float(declared.lifetime_seconds), declared.steps)
     return unlocking.Immediate()
 
 
 class _Table:
-    """The round's arrays, and what their rows mean."""
+    """The round's arrays, and what their tasks and rows mean: each point of a job is a task."""
 
     def __init__(
-        self, snapshot: Snapshot, tasks: Sequence[Planned], unlocked: Mapping[str, Unlocked]
+        self, snapshot: Snapshot, jobs: Sequence[Planned], unlocked: Mapping[str, Unlocked]
     ) -> None:
-        self.snapshot, self.tasks, self.unlocked = snapshot, tasks, unlocked
+        self.snapshot, self.unlocked = snapshot, unlocked
+        self.tasks = tasks = [point for job in jobs for point in job.points]
+        self._group = [place for place, job in enumerate(jobs) for _ in job.points]
         names = sorted({name for task in tasks for name in task.demand})
         self.accounts = [snapshot.ledger.accounts[name] for name in names]
         self.orders = sorted({Decimal(o) for a in self.accounts for o in a.opened.orders})
@@ -215,6 +225,11 @@ class _Table:
         namespace = task.job.meta.namespace
         own = [self.row_of[name] for name in task.demand]
         return own + [self._cap_rows[name, namespace] for name in task.caps]
+
+    def meaning(self) -> list[Row]:
+        """What each row means, in words that outlive the round."""
+        own: list[Row] = [(account.opened.account, None) for account in self.accounts]
+        return own + [(account.opened.account, namespace) for account, namespace, _ in self.caps]
 
     def account_of(self, row: int) -> tuple[Account, str | None]:
         """The account of a row, and the namespace whose cap it is, if it is one."""
@@ -258,9 +273,12 @@ class _Table:
             reserved=np.array(reserved_rows, dtype=np.int64),
             unlocked=np.array(unlocked_rows, dtype=np.int64),
             arrival=np.array([job.meta.created.timestamp() for job in jobs]),
-            weight=np.array([float(_spec_of(job, "weight")) for job in jobs]),
+            weight=np.array([task.weight for task in self.tasks]),
             priority=np.array([_spec_of(job, "priority") for job in jobs], dtype=np.int64),
             fair_shares=np.array([_fair_shares(rule) for rule in self.rules()], dtype=np.int64),
+            group=np.array(self._group, dtype=np.int64)
+            if len(set(self._group)) < len(self.tasks)
+            else None,
         )
 
     def _spread(self, account: Account, amounts: Sequence[int], absent: int) -> list[int]:
@@ -321,4 +339,17 @@ def _in_words(planned: Planned, explanation: Explanation, table: _Table) -> Wait
         Reason.OUTRANKED: f"rank {_about(explanation.rank)} of {_about(explanation.of)} in the"
         f" order of the policy; {numbers} after the jobs before it{smaller}",
     }
-    return _waiting(planned, explanation.reason, texts[explanation.reason])
+    return _waiting(planned, explanation.reason, _closest(planned) + texts[explanation.reason])
+
+
+def _closest(planned: Planned) -> str:
+    """Which point of an elastic job is explained."""
+    spec = planned.job.spec
+    assert spec is not None
+    if spec.elastic is None:
+        return ""
+    blocks = len(planned.plan.blocks)
+    return (
+        f"closest at epsilon {planned.plan.privacy.epsilon:g} on {blocks}"
+        f" {'block' if blocks == 1 else 'blocks'}, utility {planned.utility}: "
+    )

@@ -33,6 +33,7 @@ from dpmoe_operator.control.actions import (
     status_write,
 )
 from dpmoe_operator.control.allocation import Allocation, allocate
+from dpmoe_operator.control.market import Market
 from dpmoe_operator.control.planning import Planned, Planner
 from dpmoe_operator.control.projection import block_status, job_status, timed_out
 from dpmoe_operator.control.settings import Settings
@@ -74,17 +75,20 @@ class Decision:
     plans: Mapping[str, Planned]
 
 
-def decide(snapshot: Snapshot, settings: Settings, planner: Planner) -> Decision:
+def decide(
+    snapshot: Snapshot, settings: Settings, planner: Planner, market: Market | None = None
+) -> Decision:
     """What the ledger must take in now.
 
     Args:
         snapshot: what the operator sees.
         settings: policy, image, namespace.
         planner: plans jobs, and remembers plans of manifests that did not change.
+        market: remembers prices between rounds; None to start afresh.
     """
     judged = standings(snapshot)
     plans, refusals = _plan_all(snapshot, judged, planner)
-    allocation = allocate(snapshot, settings, judged, plans, refusals)
+    allocation = allocate(snapshot, settings, judged, plans, refusals, market)
     records = [Record(account_opened=opened) for opened in to_open(snapshot)]
     records += [Record(account_retired=retired) for retired in to_retire(snapshot)]
     records += [Record(settled=settled) for settled in _settlements(snapshot, plans, refusals)]
@@ -123,7 +127,12 @@ def _plan_all(
         try:
             if grant is None:
                 _refuse_second_grant(job)
-            plans[uid] = planner.plan(job, judged, tuple(grant.amounts) if grant else ())
+            plans[uid] = planner.plan(
+                job,
+                judged,
+                tuple(grant.amounts) if grant else (),
+                grant.granted.plan_digest if grant else None,
+            )
         except Refusal as refusal:
             refusals[uid] = refusal
     return plans, refusals
@@ -330,7 +339,7 @@ def _asking(snapshot: Snapshot, decision: Decision) -> dict[str, int]:
     for uid in decision.allocation.waiting:
         if uid not in decision.plans or timed_out(snapshot.jobs[uid], snapshot.now):
             continue
-        for account in decision.plans[uid].demand:
+        for account in decision.plans[uid].accounts:
             count[account] = count.get(account, 0) + 1
     return count
 

@@ -6,7 +6,7 @@ the value and the remedy.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from dpmoe_operator.api.base import SpecError
@@ -66,6 +66,8 @@ class Planned:
         demand: by account, what the plan costs at each of the account's orders (10⁻⁹ ε).
         caps: by account, the most that the job's namespace may spend there, where it is capped.
         reservation: the record that grants it.
+        utility: of an elastic job at this point, of its whole utility; 1 of every other.
+        others: the job's other points, if it is elastic, the better ones first.
     """
 
     job: JobView
@@ -74,6 +76,28 @@ class Planned:
     demand: Mapping[str, tuple[int, ...]]
     caps: Mapping[str, str]
     reservation: Granted
+    utility: str = "1"
+    others: tuple["Planned", ...] = ()
+
+    @property
+    def points(self) -> tuple["Planned", ...]:
+        """All points of the job, this one first."""
+        return self, *self.others
+
+    @property
+    def accounts(self) -> frozenset[str]:
+        """All accounts that the job may be charged to, whichever point is granted."""
+        return frozenset(name for point in self.points for name in point.demand)
+
+    @property
+    def weight(self) -> float:
+        """The weight of the job at this point."""
+        assert self.job.spec is not None
+        return self.job.spec.weight * float(self.utility)
+
+    def granted_as(self, digest: str | None) -> "Planned":
+        """The point whose plan has that digest; the best one if none has."""
+        return next((p for p in self.points if p.reservation.plan_digest == digest), self)
 
 
 def plan_job(
@@ -82,7 +106,10 @@ def plan_job(
     settings: Settings,
     granted: Collection[str] = (),
 ) -> Planned:
-    """Plan and price a job.
+    """Plan and price a job, an elastic one at each of its points.
+
+    A point that lacks blocks is left out as long as another has them: it wants more blocks than
+    there are yet. Any other fault of a point is one of the job.
 
     Args:
         job: the job.
@@ -95,18 +122,49 @@ def plan_job(
     """
     if job.spec is None:
         raise Refusal(Reason.INVALID_SPEC, str(job.error))
+    planned: dict[str, Planned] = {}
+    lacking: Refusal | None = None
+    for spec, utility in job.spec.points():
+        try:
+            point = _plan_point(job, spec, utility, standings, settings, granted)
+        except Refusal as refusal:
+            if refusal.reason is not Reason.BLOCK_NOT_FOUND:
+                raise
+            lacking = lacking or refusal
+        else:
+            # Once blocks are granted, points that differ in their number have the same plan.
+            planned.setdefault(point.reservation.plan_digest, point)
+    if not planned:
+        assert lacking is not None
+        raise lacking
+    best, *others = planned.values()
+    return replace(best, others=tuple(others))
+
+
+def _plan_point(
+    job: JobView,
+    spec: DPMoEJobSpec,
+    utility: str,
+    standings: Mapping[tuple[str, str], Standing],
+    settings: Settings,
+    granted: Collection[str],
+) -> Planned:
+    """Plan and price a job at one point, which `spec` states. Raises what `plan_job` raises."""
     try:
-        chosen = choose_blocks(job.spec, standings, granted)
+        chosen = choose_blocks(spec, job.meta.uid, standings, granted)
         access = check_access(job, chosen, settings)
-        _check_blocks(job.spec, chosen)
-        plan = _plan(job, job.spec, chosen)
+        _check_blocks(spec, chosen)
+        plan = _plan(job, spec, chosen)
     except SpecError as error:
-        raise Refusal(Reason.INVALID_SPEC, str(error)) from error
+        raise Refusal(Reason.INVALID_SPEC, f"{error}{_at_point(spec, utility)}") from error
     except CalibrationError as error:
-        raise Refusal(Reason.INVALID_SPEC, f"spec.privacy: {error}") from error
+        message = f"spec.privacy: {error}{_at_point(spec, utility)}"
+        raise Refusal(Reason.INVALID_SPEC, message) from error
     amounts = _demand(plan, chosen)
-    image = job.spec.image or settings.trainer_image
+    image = spec.image or settings.trainer_image
     reservation = _reservation(job, plan, amounts, image, settings)
+    if spec.elastic is not None:
+        reservation = reservation.model_copy(update={"utility": utility})
     _check_size(reservation)
     return Planned(
         job=job,
@@ -119,6 +177,17 @@ def plan_job(
             if grant.max_epsilon is not None
         },
         reservation=reservation,
+        utility=utility,
+    )
+
+
+def _at_point(spec: DPMoEJobSpec, utility: str) -> str:
+    """Which point of an elastic job an error is about."""
+    if spec.elastic is None or utility == "1":
+        return ""
+    return (
+        f" (at the point of spec.elastic with epsilon {spec.privacy.epsilon} and"
+        f" {spec.blocks.most or 'all'} blocks)"
     )
 
 
@@ -185,8 +254,9 @@ class Planner:
         job: JobView,
         standings: Mapping[tuple[str, str], Standing],
         granted: Collection[str] = (),
+        digest: str | None = None,
     ) -> Planned:
-        """As `plan_job`.
+        """As `plan_job`; the point of a job that was granted, by the digest of its plan.
 
         Raises:
             Refusal: as `plan_job`.
@@ -202,7 +272,7 @@ class Planner:
             self._known[job.meta.uid] = known
         if isinstance(known[1], Refusal):
             raise known[1]
-        return known[1]
+        return known[1].granted_as(digest)
 
     def forget_all_but(self, uids: Collection[str]) -> None:
         """Drop plans of jobs that are gone."""

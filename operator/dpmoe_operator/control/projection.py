@@ -272,6 +272,11 @@ def _status_with_grant(job: JobView, snapshot: Snapshot, grant: Grant) -> DPMoEJ
     evaluation, output = _scores(job.status, report)
     done = settled.steps if settled else min(shown, granted.steps)
     reserved_message = f"reserved in {grant.entry} at {grant.time}"
+    if granted.utility is not None:
+        reserved_message += (
+            f": epsilon {granted.epsilon} on {len(granted.charges)} of spec.blocks, utility"
+            f" {granted.utility} of 1"
+        )
     conditions = [("BudgetReserved", "True", "Granted", reserved_message)]
     if settled is not None:
         success = "True" if state == "Completed" else "False"
@@ -282,6 +287,7 @@ def _status_with_grant(job: JobView, snapshot: Snapshot, grant: Grant) -> DPMoEJ
         message=message[:2048],
         epsilon=_number(float(granted.epsilon)),
         epsilon_spent=_spent(grant),
+        utility=granted.utility,
         noise_multiplier=_number(float(granted.noise_multiplier)),
         sampling_rate=_number(float(granted.sampling_rate)),
         steps=granted.steps,

@@ -24,7 +24,7 @@ class Settings:
 
     namespace: str
     trainer_image: str
-    policy: str = "dpf"
+    policy: str = "dual"
     fairness: float = 0.0
     gpu_resource: str = "nvidia.com/gpu"
     storage_cidrs: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from dpmoe_operator.api.ledgerentry import Record
 from dpmoe_operator.control.decide import decide, react
 from dpmoe_operator.control.freeze import frozen
+from dpmoe_operator.control.market import Market
 from dpmoe_operator.control.planning import Planner
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.kube.apply import Applier
@@ -60,6 +61,7 @@ class RoundLoop:
         self._resync, self._watch = resync, watch
         self._applier = Applier(client, picture, identity=identity, leads=lambda: leadership.held)
         self._planner = Planner(settings)
+        self._market = Market()
         self._round_seconds = round_seconds
 
     async def run(self) -> None:
@@ -103,7 +105,9 @@ class RoundLoop:
         await self._confirm_pods()
         now = datetime.now(UTC)
         snapshot = self._picture.snapshot(self._ledger.state, now, unserved)
-        decision = await asyncio.to_thread(decide, snapshot, self._settings, self._planner)
+        decision = await asyncio.to_thread(
+            decide, snapshot, self._settings, self._planner, self._market
+        )
         if not self._leadership.held:
             return True
         for records in in_entries(decision.records):

@@ -45,7 +45,7 @@ class Stack:
         directory: Path,
         *,
         api: Api = "embedded",
-        policy: str = "dpf",
+        policy: str = "dual",
         port: int = 0,
         images: Mapping[str, list[str]] | None = None,
     ) -> None:

@@ -15,15 +15,17 @@ and tasks are granted by falling efficiency while they fit at any order.
 The one-block knapsack is solved by density, smallest d/w first: exactly if all weights are equal
 (count until full), else by the fractional knapsack, which is at most one task's weight above it.
 
-Two details that the paper leaves open matter more than they look. Orders often tie. The authors'
-artifact keeps *all* tied orders and sums their costs (`published_ties`); here one order wins, the
-one with the smallest total load Σ_i d_iα / a_jα, which grants up to 15 % more. And the artifact
-recomputes orders and efficiencies after every `period` grants; without a period, as in its offline
+Three details in which the authors' artifact differs matter more than they look. Orders often tie:
+it keeps *all* tied orders and sums their costs (`published_ties`); here one order wins, the one of
+the smallest total load Σ_i d_iα / a_jα, which grants up to 15 % more. Its one-block knapsacks count
+tasks, whatever they weigh (`counting`); here weights count, as in the paper. And it recomputes
+orders and efficiencies after every `period` grants; without a period, as in its offline
 experiments, they are computed once.
 
 Of an elastic job, a block's knapsack counts the point that asks least there for its weight.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -35,21 +37,29 @@ from dpmoe_operator.scheduling.points import increments
 from dpmoe_operator.scheduling.round import Floats, Ints, Round
 
 
-def order(round: Round, *, published_ties: bool = False, period: int | None = None) -> Ints:
+def order(
+    round: Round,
+    *,
+    published_ties: bool = False,
+    counting: bool = False,
+    period: int | None = None,
+) -> Ints:
     """int64[T]: all tasks, the most efficient first; ties by arrival.
 
     Args:
         round: The round.
         published_ties: Whether all tied best orders of a block count, as in the artifact.
+        counting: Whether the one-block knapsacks count tasks instead of weights, as in the
+            artifact.
         period: After how many grants efficiencies are computed anew; never if None.
     """
     if period is None:
-        return _static(round, published_ties)
+        return _static(round, published_ties, counting)
     granted, waiting = np.zeros(0, np.int64), np.arange(round.tasks)
     better: list[Ints] = []  # Other points of who is granted; they come last.
     while True:
         rest = round.after(granted, waiting)
-        ranking = _static(rest, published_ties)
+        ranking = _static(rest, published_ties, counting)
         next_ones = fill(rest, ranking)[:period]
         if len(next_ones) < period:
             return np.concatenate([granted, waiting[ranking], *better])
@@ -60,8 +70,8 @@ def order(round: Round, *, published_ties: bool = False, period: int | None = No
         waiting = waiting[~rest.siblings(next_ones)]
 
 
-def _static(round: Round, published_ties: bool) -> Ints:
-    value, load = knapsacks(round)
+def _static(round: Round, published_ties: bool, counting: bool) -> Ints:
+    value, load = knapsacks(replace(round, weight=np.ones(round.tasks)) if counting else round)
     if published_ties:
         return by_cost(round, all_tied(value))
     return by_cost(round, only(round, best_orders(round, value, load)))

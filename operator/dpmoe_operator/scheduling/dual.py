@@ -8,8 +8,9 @@ for fractions, a linear program; its dual variables λ_j ≥ 0 are prices of the
 
 a_jα being what block j has available. Tasks are ranked by p_i / w_i: a task is worth its price if
 that is below 1. An elastic job counts with the point whose weight exceeds its price most, or with
-none, and its points are ranked by what each adds (`points`). Prices move by a multiplicative subgradient: a block's price rises by a power of
-how much the tasks that are worth their price ask of it, relative to what it has.
+none, and its points are ranked by what each adds (`points`). Prices move by a multiplicative
+subgradient: a block's price rises by a power of how much the tasks that are worth their price ask
+of it, relative to what it has.
 
 Which order to fix is the other half. DPack picks α_j from each block alone, as if tasks asked for
 that block only. Here the picks come from whole solutions: fill the round, look at which order each

@@ -65,6 +65,11 @@ class Explanation:
     unlock_at: float | None = None
     arrivals: int | None = None
 
+    @property
+    def lacks(self) -> float:
+        """The part of what it asks that is missing, above 0; above 1 where less than 0 is left."""
+        return (self.asked - self.left) / max(self.asked, 1)
+
 
 def explain(
     round: Round, granted: Ints, ranking: Ints, unlocking: Sequence[Unlocking]
@@ -72,7 +77,7 @@ def explain(
     """Explain every job that was not granted.
 
     Of an elastic job, the point that comes closest is explained: the one with the least bad reason,
-    and of several the one that the policy ranks first.
+    and of several the one that lacks least of what it asks.
 
     Args:
         round: The round, as it was before the grants.
@@ -99,13 +104,13 @@ def explain(
     parts = _parts_that_fit(round.indptr, round.indices, round.demand, left)
     waiting = np.ones(round.tasks, dtype=bool)
     waiting[round.siblings(granted)] = False
-    # By job: later rungs overwrite earlier ones, and within a rung the first in the ranking stays.
+    # By job: a later rung overwrites an earlier one.
     explanations: dict[int, Explanation] = {}
     for reason, budget in _ladder(round, left):
         blocked = waiting & ~tasks_that_fit(round, budget)
         waiting &= ~blocked
         tasks = np.flatnonzero(blocked)
-        tasks = tasks[np.argsort(-place[tasks], kind="stable")]
+        tasks = tasks[np.argsort(place[tasks], kind="stable")]
         when: _Unlocks = {}
         if reason is Reason.WAITING_FOR_UNLOCK:
             when = _unlocks(round, tasks, unlocking)
@@ -115,7 +120,8 @@ def explain(
         for task, block, order in zip(tasks.tolist(), *bindings.tolist(), strict=True):
             unlock_at, arrivals = when.get(task, (None, None))
             job = int(round.job_of_task[task])
-            explanations[job] = Explanation(
+            known = explanations.get(job)
+            explained = Explanation(
                 task=task,
                 reason=reason,
                 block=block,
@@ -128,6 +134,8 @@ def explain(
                 unlock_at=unlock_at,
                 arrivals=arrivals,
             )
+            if known is None or known.reason is not reason or explained.lacks < known.lacks:
+                explanations[job] = explained
     return tuple(explanation for _, explanation in sorted(explanations.items()))
 
 

@@ -89,7 +89,8 @@ def check_grants(round: Round, granted: Iterable[int]) -> None:
 
     Raises:
         AssertionError: A task is unknown or granted twice, two points of one job are granted, or a
-            block's filter would break. It is raised as an exception, so that running Python with -O doesn't remove it.
+            block's filter would break. It is raised as an exception, so that running Python with -O
+            doesn't remove it.
     """
     tasks = np.array([int(task) for task in granted], dtype=np.int64)
     if len(np.unique(tasks)) != len(tasks):

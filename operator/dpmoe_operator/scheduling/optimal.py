@@ -7,9 +7,10 @@ granting task i and z_jα for holding block j at order α,
                              Σ_α z_jα ≥ 1                             for all j
                              x, z ∈ {0, 1},
 
-and at most one point of an elastic job, Σ x_i ≤ 1 over its points. M_jα lets an order go that a block is not held at. The smaller it is, the tighter is the
-relaxation: not all tasks together, but at most what tasks could ask at α while the block is held
-at another order, less a_jα. Blocks that would hold if every task were granted are left out.
+and at most one point of an elastic job, Σ x_i ≤ 1 over its points. M_jα lets an order go that a
+block is not held at. The smaller it is, the tighter is the relaxation: not all tasks together, but
+at most what tasks could ask at α while the block is held at another order, less a_jα. Blocks that
+would hold if every task were granted are left out.
 
 HiGHS solves it from the solution of `dual`; where that meets its own bound there is nothing left
 to solve. The problem is NP-hard: in rounds of more than about a hundred tasks the time limit

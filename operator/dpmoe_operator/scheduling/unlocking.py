@@ -36,14 +36,20 @@ class ByArrivals:
 
 @dataclass(frozen=True)
 class ByTime:
-    """DPF-T: released evenly over `lifetime` seconds from `opened` (seconds on any one clock)."""
+    """DPF-T: released evenly over `lifetime` seconds from `opened` (seconds on any one clock).
+
+    In so many equal `steps`, or continuously if None.
+    """
 
     opened: float
     lifetime: float
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.opened) and math.isfinite(self.lifetime) and self.lifetime > 0):
             raise ValueError(f"unlocking: {self} needs a finite start and a lifetime above 0.")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"unlocking: {self} needs at least 1 step.")
 
 
 Unlocking = Immediate | ByArrivals | ByTime
@@ -56,9 +62,10 @@ def fraction(unlocking: Unlocking, now: float) -> Fraction:
             return Fraction(1)
         case ByArrivals(fair_shares, arrivals):
             return min(Fraction(1), Fraction(arrivals, fair_shares))
-        case ByTime(opened, lifetime):
+        case ByTime(opened, lifetime, steps):
             elapsed = (Fraction(now) - Fraction(opened)) / Fraction(lifetime)
-            return min(Fraction(1), max(Fraction(0), elapsed))
+            elapsed = min(Fraction(1), max(Fraction(0), elapsed))
+            return elapsed if steps is None else Fraction(math.floor(elapsed * steps), steps)
 
 
 def unlocked(capacity: NDArray[np.int64], released: Fraction) -> Ints:
@@ -88,7 +95,10 @@ def when_unlocked(rule: ByTime, needed: int, capacity: int) -> float:
     Returns:
         Seconds on the clock of `ByTime.opened`, to the precision of a float.
     """
-    return rule.opened + rule.lifetime * (needed / capacity)
+    part = needed / capacity
+    if rule.steps is not None:
+        part = -(-needed * rule.steps // capacity) / rule.steps
+    return rule.opened + rule.lifetime * part
 
 
 def arrivals_missing(rule: ByArrivals, needed: int, capacity: int) -> int:

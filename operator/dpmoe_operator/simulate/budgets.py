@@ -4,7 +4,6 @@ The amounts are those that `scheduling.unlocking` gives, as 64-bit integers. Wha
 subtracted at every order, and stops at `ABSENT`, where nothing fits anyway.
 """
 
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -100,11 +99,9 @@ class Budgets:
     def _fraction(self, row: int, now: float) -> Fraction:
         """The released part of a row that time unlocks."""
         assert self._unlock.lifetime is not None
-        rule = unlocking.ByTime(float(self._workload.opened[row]), self._unlock.lifetime)
-        released = unlocking.fraction(rule, now)
-        if self._unlock.steps is None:
-            return released
-        return Fraction(math.floor(released * self._unlock.steps), self._unlock.steps)
+        opened = float(self._workload.opened[row])
+        rule = unlocking.ByTime(opened, self._unlock.lifetime, self._unlock.steps)
+        return unlocking.fraction(rule, now)
 
 
 @compiled

@@ -4,10 +4,11 @@ A namespace's cap on a block is one more row of budget: a job of that namespace 
 is granted here is checked once more in exact integers before it may be committed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,15 +57,26 @@ class Allocation:
 
     Attributes:
         granted: records of the jobs that get budget, in the policy's order.
-        waiting: why every other job without budget has none, by its uid.
         unlocked: by account.
         outcome: of the policy, on the round's own rows; None if nobody took part.
+        apart: why jobs did not take part, by uid.
+        explain_rest: why jobs that took part got nothing, by uid.
     """
 
     granted: tuple[Granted, ...] = ()
-    waiting: Mapping[str, Waiting] = field(default_factory=dict)
     unlocked: Mapping[str, Unlocked] = field(default_factory=dict)
     outcome: Outcome | None = None
+    apart: Mapping[str, Waiting] = field(default_factory=dict)
+    explain_rest: Callable[[], Mapping[str, Waiting]] = dict
+
+    @cached_property
+    def waiting(self) -> Mapping[str, Waiting]:
+        """Why every job without budget has none, by its uid.
+
+        Found out when it is asked for: with thousands of jobs it takes as long as the decision, and
+        grants need not wait for it.
+        """
+        return {**self.apart, **self.explain_rest()}
 
 
 def allocate(
@@ -85,7 +97,7 @@ def allocate(
         refusals: jobs that could not, by uid.
         market: remembers prices between rounds; None to start afresh.
     """
-    waiting: dict[str, Waiting] = {
+    apart: dict[str, Waiting] = {
         uid: Waiting(refusal.reason, refusal.message)
         for uid, refusal in refusals.items()
         if not snapshot.ledger.knows(uid)
@@ -96,12 +108,12 @@ def allocate(
             continue
         hold = _held_back(planned, snapshot)
         if hold is not None:
-            waiting[uid] = hold
+            apart[uid] = hold
         else:
             candidates.append(planned)
     unlocked = _unlocked(snapshot, judged, candidates)
     if not candidates:
-        return Allocation(waiting=waiting, unlocked=unlocked)
+        return Allocation(unlocked=unlocked, apart=apart)
     market = market or Market()
     table = _Table(snapshot, candidates, unlocked)
     round_, rows = table.round(), table.meaning()
@@ -111,15 +123,22 @@ def allocate(
     )
     check_grants(round_, outcome.granted)
     market.learn(rows, orders, outcome.prices)
+    return Allocation(
+        granted=tuple(table.tasks[int(task)].reservation for task in outcome.granted),
+        unlocked=unlocked,
+        outcome=outcome,
+        apart=apart,
+        explain_rest=partial(_explained, table, round_, outcome),
+    )
+
+
+def _explained(table: "_Table", round_: Round, outcome: Outcome) -> dict[str, Waiting]:
+    """Why each job that took part in a round and got nothing has to wait, by its uid."""
+    waiting = {}
     for explanation in explain(round_, outcome.granted, outcome.order, table.rules()):
         planned = table.tasks[explanation.task]
         waiting[planned.job.meta.uid] = _in_words(planned, explanation, table)
-    return Allocation(
-        granted=tuple(table.tasks[int(task)].reservation for task in outcome.granted),
-        waiting=waiting,
-        unlocked=unlocked,
-        outcome=outcome,
-    )
+    return waiting
 
 
 def _held_back(planned: Planned, snapshot: Snapshot) -> Waiting | None:
@@ -265,7 +284,7 @@ class _Table:
         jobs = [task.job for task in self.tasks]
         return Round(
             orders=np.array([float(order) for order in self.orders]),
-            demand=np.array([self._demand(task) for task in self.tasks], dtype=np.int64),
+            demand=self._demands(),
             indptr=np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64),
             indices=np.array([i for row in rows for i in row], dtype=np.int64),
             capacity=np.array(capacity_rows, dtype=np.int64),
@@ -286,12 +305,18 @@ class _Table:
         at = dict(zip(map(Decimal, account.opened.orders), amounts, strict=True))
         return [min(at.get(order, absent), MAX_UNITS) for order in self.orders]
 
-    def _demand(self, task: Planned) -> list[int]:
-        at: dict[Decimal, int] = {}
-        for name, amounts in task.demand.items():
-            orders = self.snapshot.ledger.accounts[name].opened.orders
-            at.update(zip(map(Decimal, orders), amounts, strict=True))
-        return [at.get(order, MAX_UNITS) for order in self.orders]
+    def _demands(self) -> Rows:
+        """int64[T, A]: what each task asks, and more than there ever is at orders it has not."""
+        place_of = {order: place for place, order in enumerate(self.orders)}
+        places = {
+            account.opened.account: [place_of[Decimal(order)] for order in account.opened.orders]
+            for account in self.accounts
+        }
+        demands = np.full((len(self.tasks), len(self.orders)), MAX_UNITS, dtype=np.int64)
+        for row, task in zip(demands, self.tasks, strict=True):
+            for name, amounts in task.demand.items():
+                row[places[name]] = amounts
+        return demands
 
 
 def _fair_shares(rule: unlocking.Unlocking) -> int:

@@ -115,6 +115,14 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
         "at least 1",
     ),
     (
+        {"model": {"trainable": ["*"], "lora": {"rank": 4}}},
+        "spec.model.trainable",
+        "'*'",
+        "absent where lora is set",
+    ),
+    ({"model": {"lora": {"rank": 4, "on": []}}}, "spec.model.lora.on", "[]", "at least 1"),
+    ({"model": {"lora": {"rank": 4, "alpha": "0"}}}, "spec.model.lora.alpha", "'0'", "than 0"),
+    (
         {"model": {"upcycle": {"experts": 2, "topK": 3, "layers": [1]}}},
         "spec.model.upcycle.topK",
         "3",

@@ -32,6 +32,7 @@ from dpmoe_operator.ledger.entry import MAX_RECORD_BYTES, size_of
 from dpmoe_operator.privacy.calibration import epsilon_for
 from dpmoe_operator.privacy.mechanisms import demand
 from dpmoe_operator.privacy.orders import DEFAULT_ORDERS
+from dpmoe_trainer.contract import LoraPlan
 
 ADAMBC = {"name": "adambc", "learningRate": "0.001"}
 ACCOUNT = "claim://vault/data/reviews.jsonl"
@@ -153,6 +154,15 @@ def test_plan_carries_what_the_trainer_needs() -> None:
     assert written.evaluation.data.path == "/dpmoe/claims/public/test.csv"
     assert written.output is not None
     assert written.output.path == f"/dpmoe/outputs/results/{TEAM}/run"
+
+
+def test_plan_pins_adapters() -> None:
+    assert plan(job()).plan.model.lora is None
+    adapted = plan(job(model={"lora": {"rank": 8, "on": ["experts"]}})).plan.model
+    assert adapted.lora == LoraPlan(rank=8, alpha=16.0, attention=False, experts=True)
+    assert plan(job(model={"lora": {"rank": 8, "alpha": "4"}})).plan.model.lora == LoraPlan(
+        rank=8, alpha=4.0
+    )
 
 
 def test_plan_pins_clipping_and_balancing_with_their_defaults() -> None:

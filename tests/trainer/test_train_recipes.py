@@ -135,3 +135,28 @@ def test_refused_before_data_is_read(
     run = trainer.run(make_plan(**changes, blocks__0__data__path="/no/such/table"))
     assert run.code == code
     assert words in run.stderr
+
+
+def test_adapters_are_trained_and_merged(
+    trainer: Trainer, make_plan: PlanMaker, tiny_mixtral: Path
+) -> None:
+    plan = make_plan(model__trainable=[], model__lora={"rank": 2, "alpha": 4.0})
+    assert trainer.run(plan).code == ExitCode.COMPLETED
+    start, kept = (
+        AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+        for folder in (tiny_mixtral, trainer.output)
+    )
+    assert kept.keys() == start.keys()
+    # Where the head started from is the plan's own, and not in the folder.
+    changed = {n for n in kept if n != "score.weight" and not torch.equal(kept[n], start[n])}
+    assert any("self_attn" in name for name in changed)
+    assert any("experts" in name for name in changed)
+    assert all("self_attn" in name or "experts" in name for name in changed)
+
+
+def test_adapters_of_a_model_that_becomes_a_mixture(trainer: Trainer, upcycled: PlanMaker) -> None:
+    adapters = {"rank": 2, "alpha": 4.0, "attention": False}
+    plan = upcycled(model__trainable=[], model__lora=adapters)
+    assert trainer.run(plan).code == ExitCode.COMPLETED
+    kept = AutoModelForSequenceClassification.from_pretrained(trainer.output).state_dict()
+    assert not any("lora" in name for name in kept)

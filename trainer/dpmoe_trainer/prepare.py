@@ -21,6 +21,7 @@ from dpmoe_trainer.errors import BadModel, BadPlan, UncoveredMechanism
 from dpmoe_trainer.machine import keep_freed_memory, processors
 from dpmoe_trainer.models import load_model, load_tokenizer, select_trainable, upcycle
 from dpmoe_trainer.models.load import resolve
+from dpmoe_trainer.models.lora import add_lora
 
 
 def check_mechanism(plan: TrainingPlan) -> None:
@@ -95,8 +96,8 @@ def load(plan: TrainingPlan, settings: Settings) -> LoadedModel:
     torch.manual_seed(seed)
     try:
         model, tokenizer = _load(plan.model, settings, seed)
-        select_trainable(model, plan.model.trainable or ("*",))
         _check_sizes(model, tokenizer, plan.training.max_tokens)
+        model = _trainable(model, plan.model)
         model.to(device)
         clipping, balancing = clipping_of(plan), balancing_of(plan, model)
         check_model(model, clipping=clipping, loads=balancing.loads, balancing=balancing.loss)
@@ -113,6 +114,15 @@ def load(plan: TrainingPlan, settings: Settings) -> LoadedModel:
         clipping=clipping,
         balancing=balancing,
     )
+
+
+def _trainable(model: PreTrainedModel, plan: ModelPlan) -> PreTrainedModel:
+    """The model with exactly those parameters trainable that the plan means."""
+    if plan.lora is None:
+        select_trainable(model, plan.trainable or ("*",))
+        return model
+    lora = plan.lora
+    return add_lora(model, lora.rank, lora.alpha, lora.attention, lora.experts)
 
 
 def clipping_of(plan: TrainingPlan) -> Clipping:

@@ -25,6 +25,7 @@ from dpmoe_trainer.errors import StopRequested
 from dpmoe_trainer.evaluate import evaluate
 from dpmoe_trainer.machine import memory
 from dpmoe_trainer.methods.dp_sgd import Updater, sum_clipped
+from dpmoe_trainer.models.lora import merged
 from dpmoe_trainer.output import open_target
 from dpmoe_trainer.prepare import LoadedModel, check_mechanism, load
 from dpmoe_trainer.progress import ProgressBoard
@@ -146,5 +147,5 @@ def _rows(table: Table, loaded: LoadedModel, max_tokens: int, lower: Lower | Non
 
 
 def _write(loaded: LoadedModel, folder: Path) -> None:
-    loaded.model.save_pretrained(folder)
+    merged(loaded.model).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)

@@ -177,7 +177,13 @@ def dpmoe_job() -> Json:
             "message": "epsilon or blocks must be set",
         }
     ]
-    properties["model"]["x-kubernetes-validations"] = [_exactly_one("path", "claim", "huggingFace")]
+    properties["model"]["x-kubernetes-validations"] = [
+        _exactly_one("path", "claim", "huggingFace"),
+        {
+            "rule": "!has(self.lora) || !has(self.trainable) || size(self.trainable) == 0",
+            "message": "trainable must be absent where lora is set",
+        },
+    ]
     properties["output"]["x-kubernetes-validations"] = [_exactly_one("claim", "uri")]
     properties["training"]["x-kubernetes-validations"] = [_exactly_one("epochs", "steps")]
     properties["privacy"]["x-kubernetes-validations"] = [

@@ -183,6 +183,26 @@ class Upcycle(ApiModel):
         return self
 
 
+class Lora(ApiModel):
+    """Low-rank adapters in place of the weights: fewer trained numbers get noise.
+
+    Attributes:
+        on: what gets adapters; a classifier's head is trained beside them.
+        alpha: the additions are scaled by alpha/rank; twice the rank if absent.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: DecimalString | None = None
+    on: Annotated[
+        list[Literal["attention", "experts"]], list_set(max_length=2, min_length=1), DISTINCT
+    ] = ["attention", "experts"]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        positive("spec.model.lora.alpha", self.alpha)
+        return self
+
+
 class Model(ApiModel):
     """The pretrained model: safetensors and a config, no code of its own."""
 
@@ -195,9 +215,16 @@ class Model(ApiModel):
         list_set(max_length=64),
         DISTINCT,
     ] = []
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.lora is not None and self.trainable:
+            raise SpecError(
+                "spec.model.trainable",
+                self.trainable,
+                "must be absent where lora is set: its adapters and the head are what is trained",
+            )
         exactly_one(
             "spec.model", {"path": self.path, "claim": self.claim, "huggingFace": self.hugging_face}
         )

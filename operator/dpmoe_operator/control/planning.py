@@ -22,7 +22,7 @@ from dpmoe_operator.api.privateblock import Dataset, Table
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.access import Refusal, check_access, choose_blocks
 from dpmoe_operator.control.accounts import Standing
-from dpmoe_operator.control.recipe import balancing_plan, clipping_plan
+from dpmoe_operator.control.recipe import balancing_plan, clipping_plan, lora_plan
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.views import JobView
 from dpmoe_operator.launch import paths
@@ -475,6 +475,7 @@ def _model_plan(spec: DPMoEJobSpec, labels: int) -> ModelPlan:
         else None,
         labels=labels,
         trainable=tuple(model.trainable),
+        lora=lora_plan(spec),
     )
 
 

@@ -1,11 +1,11 @@
-"""What a manifest says of clipping and balancing, pinned for the plan with every default filled in.
+"""What a manifest says of the recipe, pinned for the plan with every default filled in.
 
-Neither changes what the run costs: in every mode the mechanism's sensitivity is the clipping norm C
-(docs/design/balancing.md).
+None of it changes what the run costs: in every mode the mechanism's sensitivity is the clipping
+norm C (docs/design/balancing.md).
 """
 
 from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
-from dpmoe_trainer.contract import BalancingPlan, ClippingGroup, ClippingPlan
+from dpmoe_trainer.contract import BalancingPlan, ClippingGroup, ClippingPlan, LoraPlan
 
 GAMMA = "0.01"
 """γ of automatic clipping, as its authors recommend for all tasks."""
@@ -44,4 +44,17 @@ def balancing_plan(spec: DPMoEJobSpec) -> BalancingPlan | None:
         strength=float(balancing.strength or strength),
         through=through,
         load_share=float(balancing.load_share or LOAD_SHARE) if released else None,
+    )
+
+
+def lora_plan(spec: DPMoEJobSpec) -> LoraPlan | None:
+    """The adapters that are trained; None where the weights themselves are."""
+    lora = spec.model.lora
+    if lora is None:
+        return None
+    return LoraPlan(
+        rank=lora.rank,
+        alpha=float(lora.alpha) if lora.alpha is not None else 2.0 * lora.rank,
+        attention="attention" in lora.on,
+        experts="experts" in lora.on,
     )

@@ -57,10 +57,12 @@ def add_lora(
     )
 
 
-def merged(model: PeftModel) -> nn.Module:
-    """The model with its adapters added into its weights, as an ordinary model of its family."""
-    plain: Any = model
-    return plain.merge_and_unload()
+def merged(model: Any) -> Any:
+    """The model with its adapters added into its weights, as an ordinary model of its family.
+
+    A model without adapters is returned as it is.
+    """
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def _attention_layers(model: nn.Module) -> list[str]:

@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MixtralConfig, MixtralForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    MixtralConfig,
+    MixtralForSequenceClassification,
+    MixtralPreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = ["good", "bad", "film", "plot", "the", "a", "was", "is"]
 """All words that the tiny tokenizers know."""
@@ -40,7 +45,11 @@ def tokenizer_of(words: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def save_mixtral(folder: Path, words: list[str]) -> None:
+def save_mixtral(
+    folder: Path,
+    words: list[str],
+    kind: type[MixtralPreTrainedModel] = MixtralForSequenceClassification,
+) -> None:
     """Save a Mixtral of two layers and four experts, with its tokenizer."""
     tokenizer = tokenizer_of(words)
     torch.manual_seed(0)
@@ -55,5 +64,5 @@ def save_mixtral(folder: Path, words: list[str]) -> None:
         max_position_embeddings=32,
         pad_token_id=tokenizer.pad_token_id,
     )
-    MixtralForSequenceClassification(config).save_pretrained(folder)
+    kind(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -156,6 +156,28 @@ def test_plan_carries_what_the_trainer_needs() -> None:
     assert written.output.path == f"/dpmoe/outputs/results/{TEAM}/run"
 
 
+def test_a_language_model_learns_text_alone() -> None:
+    evaluation = {"claim": {"claimName": "public", "path": "t.csv"}, "format": "csv"}
+    labelled = evaluation | {"textColumn": "t", "labelColumn": "l"}
+    asked = job(training={"task": "language-modelling"})
+    written = plan(asked, block(evaluation=labelled)).plan
+    assert written.model.labels is None
+    assert written.blocks[0].data.label_column is None
+    assert written.evaluation is not None
+    assert written.evaluation.data.label_column is None
+    unlabelled = block(dataset={"labelColumn": ABSENT}, evaluation=evaluation | {"textColumn": "t"})
+    assert plan(asked, unlabelled).plan.evaluation is not None
+
+
+def test_classes_need_labels() -> None:
+    reason, message = refusal(job(), block(dataset={"labelColumn": ABSENT}))
+    assert reason is Reason.INVALID_SPEC
+    assert "spec.training.task: 'classification': must be language-modelling" in message
+    unlabelled = {"claim": {"claimName": "public", "path": "t.csv"}, "format": "csv"}
+    scored = block(evaluation=unlabelled | {"textColumn": "t"})
+    assert plan(job(), scored).plan.evaluation is None
+
+
 def test_plan_pins_adapters() -> None:
     assert plan(job()).plan.model.lora is None
     adapted = plan(job(model={"lora": {"rank": 8, "on": ["experts"]}})).plan.model

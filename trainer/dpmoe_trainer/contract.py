@@ -93,7 +93,7 @@ class DataFormat(StrEnum):
 
 
 class DataPlan(Contract):
-    """One table of labelled text, as the trainer finds it."""
+    """One table of text, as the trainer finds it; without a label column, a language's text."""
 
     path: PathString | None = None
     hugging_face: Name | None = None
@@ -101,7 +101,7 @@ class DataPlan(Contract):
     split: Name | None = None
     format: DataFormat | None = None
     text_column: Name
-    label_column: Name
+    label_column: Name | None = None
     partition: PartitionPlan | None = None
 
     @model_validator(mode="after")
@@ -219,6 +219,7 @@ class LoraPlan(Contract):
 class ModelPlan(Contract):
     """Where the pretrained model is and which of its parameters train.
 
+    `labels` is the number of a classifier's classes; absent, a language model is trained.
     `trainable` holds fnmatch patterns over parameter names; empty means all parameters, or with
     `lora` the adapters and a classifier's head.
     """
@@ -227,7 +228,7 @@ class ModelPlan(Contract):
     hugging_face: Name | None = None
     revision: Name | None = None
     upcycle: UpcyclePlan | None = None
-    labels: Annotated[int, Field(ge=2, le=1000)]
+    labels: Annotated[int, Field(ge=2, le=1000)] | None = None
     trainable: Annotated[tuple[str, ...], Field(max_length=64)] = ()
     lora: LoraPlan | None = None
 
@@ -334,6 +335,16 @@ class TrainingPlan(Contract):
     evaluation: EvaluationPlan | None = None
     output: OutputPlan | None = None
 
+    @model_validator(mode="after")
+    def _labelled(self) -> Self:
+        tables = [block.data for block in self.blocks]
+        tables += [self.evaluation.data] if self.evaluation is not None else []
+        if any((table.label_column is None) != (self.model.labels is None) for table in tables):
+            raise ValueError(
+                "labelColumn must be set in every table where model.labels is, and only there"
+            )
+        return self
+
 
 class Outcome(StrEnum):
     """How a run ended, by the trainer's own account."""
@@ -354,11 +365,15 @@ class Mechanism(Contract):
 
 
 class Evaluation(Contract):
-    """Scores on the plan's releasable evaluation set, and the share of its largest class."""
+    """Scores on the plan's releasable evaluation set, and the share of its largest class.
+
+    A language model's classes are the next tokens, and `perplexity` is e to their mean loss.
+    """
 
     examples: Annotated[int, Field(ge=1)]
     accuracy: Annotated[float, Field(ge=0, le=1)]
     majority_share: Annotated[float, Field(ge=0, le=1)]
+    perplexity: Annotated[float, Field(ge=1)] | None = None
 
 
 class TrainingReport(Contract):

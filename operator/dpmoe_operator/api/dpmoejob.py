@@ -49,6 +49,9 @@ Quantity = Annotated[
 ]
 
 
+Task = Literal["classification", "language-modelling"]
+
+
 class BlockSelector(ApiModel):
     """Chooses blocks by their labels."""
 
@@ -277,9 +280,13 @@ class Balancing(ApiModel):
 
 
 class Training(ApiModel):
-    """The run. Exactly one of epochs and steps."""
+    """The run. Exactly one of epochs and steps.
+
+    `task` says what is learnt: a text's class, which needs blocks with labels, or its next tokens.
+    """
 
     method: Literal["dp-sgd"] = "dp-sgd"
+    task: Task = "classification"
     logical_batch: Annotated[int, Field(ge=1, le=100_000_000)]
     physical_batch: Annotated[int, Field(ge=1, le=4096)] = 64
     epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
@@ -451,10 +458,11 @@ class DPMoEJobSpec(ApiModel):
 
 
 class EvaluationStatus(StatusModel):
-    """Scores on the owner's releasable evaluation set."""
+    """Scores on the owner's releasable evaluation set; a language model's are of next tokens."""
 
     accuracy: AmountText
     majority_share: AmountText
+    perplexity: AmountText | None = None
     examples: Annotated[int, Field(ge=1)]
 
 

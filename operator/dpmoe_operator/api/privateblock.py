@@ -80,7 +80,7 @@ class Partition(ApiModel):
 
 
 class Table(ApiModel):
-    """A table of labelled text."""
+    """A table of text, labelled where it has a label column."""
 
     _place: ClassVar[str] = "spec.evaluation"
 
@@ -89,7 +89,7 @@ class Table(ApiModel):
     hugging_face: HuggingFaceSource | None = None
     format: Literal["csv", "tsv", "jsonl", "parquet"] | None = None
     text_column: ColumnName
-    label_column: ColumnName
+    label_column: ColumnName | None = None
     partition: Partition | None = None
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from dpmoe_operator.api.base import SpecError
-from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
+from dpmoe_operator.api.dpmoejob import DPMoEJobSpec, Task
 from dpmoe_operator.api.ledgerentry import (
     MAX_STEPS,
     Charge,
@@ -319,12 +319,8 @@ def _check_blocks(spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> None:
     first = chosen[0].spec
     for standing in chosen:
         name, other = standing.block.meta.name, standing.spec
-        if other.dataset.labels != first.dataset.labels:
-            raise SpecError(
-                "spec.blocks",
-                name,
-                f"has {other.dataset.labels} labels, not {first.dataset.labels}",
-            )
+        if spec.training.task == "classification":
+            _check_labels(name, other.dataset, first.dataset)
         if other.unit.kind != first.unit.kind:
             raise SpecError(
                 "spec.blocks", name, f"protects {other.unit.kind}s, not {first.unit.kind}s"
@@ -345,25 +341,37 @@ def _check_blocks(spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> None:
         )
 
 
+def _check_labels(name: str, dataset: Dataset, first: Dataset) -> None:
+    """Refuse a block without classes, or with others than the first one's."""
+    if dataset.label_column is None:
+        raise SpecError(
+            "spec.training.task",
+            "classification",
+            f"must be language-modelling, or block {name} left out: it names no labelColumn",
+        )
+    if dataset.labels != first.labels:
+        raise SpecError("spec.blocks", name, f"has {dataset.labels} labels, not {first.labels}")
+
+
 def _plan(job: JobView, spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> TrainingPlan:
     output = spec.output
     return TrainingPlan(
         job=JobReference(namespace=job.meta.namespace, name=job.meta.name, uid=job.meta.uid),
-        blocks=tuple(_block_plan(standing) for standing in chosen),
+        blocks=tuple(_block_plan(standing, spec.training.task) for standing in chosen),
         privacy=_privacy_plan(spec, chosen),
-        model=_model_plan(spec, chosen[0].spec.dataset.labels),
+        model=_model_plan(spec, chosen[0].spec.dataset),
         training=_training_settings(spec),
         parallel=ParallelPlan(
             workers=spec.parallelism.workers, expert_parallel=spec.parallelism.expert_parallel
         ),
-        evaluation=_evaluation_plan(chosen),
+        evaluation=_evaluation_plan(chosen, spec.training.task),
         output=OutputPlan(path=paths.output(job.meta.namespace, output.claim), uri=None)
         if output.claim is not None
         else OutputPlan(path=None, uri=output.uri),
     )
 
 
-def _block_plan(standing: Standing) -> BlockPlan:
+def _block_plan(standing: Standing, task: Task) -> BlockPlan:
     meta, spec = standing.block.meta, standing.spec
     assert standing.account_name is not None
     return BlockPlan(
@@ -372,11 +380,11 @@ def _block_plan(standing: Standing) -> BlockPlan:
         account=standing.account_name,
         units=spec.dataset.units,
         unit=UnitPlan(kind=spec.unit.kind, column=spec.unit.column),
-        data=_data_plan(spec.dataset),
+        data=_data_plan(spec.dataset, task),
     )
 
 
-def _data_plan(table: Table | Dataset) -> DataPlan:
+def _data_plan(table: Table, task: Task) -> DataPlan:
     hub = table.hugging_face
     return DataPlan(
         path=paths.table(table),
@@ -385,17 +393,20 @@ def _data_plan(table: Table | Dataset) -> DataPlan:
         split=hub.split if hub else None,
         format=DataFormat(table.format) if table.format else None,
         text_column=table.text_column,
-        label_column=table.label_column,
+        label_column=table.label_column if task == "classification" else None,
         partition=PartitionPlan(column=table.partition.column, values=tuple(table.partition.values))
         if table.partition
         else None,
     )
 
 
-def _evaluation_plan(chosen: Sequence[Standing]) -> EvaluationPlan | None:
-    """The first block's releasable evaluation set, where an owner named one."""
-    tables = [s.spec.evaluation for s in chosen if s.spec.evaluation is not None]
-    return EvaluationPlan(data=_data_plan(tables[0])) if tables else None
+def _evaluation_plan(chosen: Sequence[Standing], task: Task) -> EvaluationPlan | None:
+    """The first releasable evaluation set that an owner named, and that the task can use."""
+    for standing in chosen:
+        table = standing.spec.evaluation
+        if table is not None and (task != "classification" or table.label_column is not None):
+            return EvaluationPlan(data=_data_plan(table, task))
+    return None
 
 
 def _privacy_plan(spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> PrivacyPlan:
@@ -460,7 +471,7 @@ def _calibrated(spec: DPMoEJobSpec, rate: float, steps: int) -> tuple[float, flo
     return epsilon, noise
 
 
-def _model_plan(spec: DPMoEJobSpec, labels: int) -> ModelPlan:
+def _model_plan(spec: DPMoEJobSpec, dataset: Dataset) -> ModelPlan:
     model = spec.model
     return ModelPlan(
         path=paths.model(model),
@@ -473,7 +484,7 @@ def _model_plan(spec: DPMoEJobSpec, labels: int) -> ModelPlan:
         )
         if model.upcycle
         else None,
-        labels=labels,
+        labels=dataset.labels if spec.training.task == "classification" else None,
         trainable=tuple(model.trainable),
         lora=lora_plan(spec),
     )

@@ -376,6 +376,7 @@ def _scores(
         EvaluationStatus(
             accuracy=f"{scores.accuracy:.4f}",
             majority_share=f"{scores.majority_share:.4f}",
+            perplexity=f"{scores.perplexity:.4g}" if scores.perplexity is not None else None,
             examples=scores.examples,
         ),
         report.output,

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dpmoe_trainer.dp.losses import IGNORED
 from dpmoe_trainer.dp.sampling import physical_batches
 
 Batch = dict[str, Tensor]
-"""`attention_mask` [B, T], `labels` [B], and `input_ids` [B, T] or `hidden_states` [B, T, D]."""
+"""`attention_mask` [B, T]; `labels`, classes [B] or tokens [B, T]; and `input_ids` [B, T] or
+`hidden_states` [B, T, D]."""
 
 Lower = Callable[[Tensor, Tensor], Tensor]
 """A model's frozen lower part: input_ids and attention_mask [B, T] to hidden_states [B, T, D]."""
@@ -47,7 +49,7 @@ class Rows:
 
     Args:
         tokens: each row's token ids, not empty.
-        labels: each row's class.
+        labels: each row's class; None where a row's own tokens are what is learnt.
         padding: the token id that fills shorter rows up.
         device: where batches are made.
         lower: the model's frozen lower part, if batches are to carry its outputs.
@@ -57,16 +59,16 @@ class Rows:
     def __init__(
         self,
         tokens: Sequence[np.ndarray],
-        labels: Sequence[int],
+        labels: Sequence[int] | None,
         padding: int,
         device: torch.device,
         lower: Lower | None = None,
         cache_bytes: int = 0,
     ) -> None:
-        assert len(tokens) == len(labels), "every row has a label"
+        assert labels is None or len(tokens) == len(labels), "every row has a label"
         self._tokens = tokens
         self._lengths = np.array([len(row) for row in tokens])
-        self._labels = torch.tensor(labels, dtype=torch.long)
+        self._labels = None if labels is None else torch.tensor(labels, dtype=torch.long)
         self._padding = padding
         self._device = device
         self._lower = lower
@@ -83,13 +85,15 @@ class Rows:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """One batch of the given rows, which must not be empty."""
-        batch = {
-            "attention_mask": self._attention_mask(rows),
-            "labels": self._labels[list(rows)].to(self._device),
-        }
+        batch = {"attention_mask": self._attention_mask(rows), "labels": self._labels_of(rows)}
         if self._lower is None:
             return batch | {"input_ids": self._input_ids(rows)}
         return batch | {"hidden_states": self._hidden_states(rows, self._lower)}
+
+    def _labels_of(self, rows: Sequence[int]) -> Tensor:
+        if self._labels is None:
+            return self._input_ids(rows).masked_fill(self._attention_mask(rows) == 0, IGNORED)
+        return self._labels[list(rows)].to(self._device)
 
     def _attention_mask(self, rows: Sequence[int]) -> Tensor:
         lengths = torch.from_numpy(self._lengths[list(rows)])

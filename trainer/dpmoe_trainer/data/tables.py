@@ -30,19 +30,19 @@ class Table:
 
     Attributes:
         texts: one text a row.
-        labels: one class a row, in [0, labels).
+        labels: one class a row, in [0, labels); None where the text itself is learnt.
         users: the privacy unit that each row belongs to, or None where each row is its own.
     """
 
     texts: list[str]
-    labels: list[int]
+    labels: list[int] | None
     users: list[str] | None = None
 
 
 def read_table(
     plan: DataPlan,
     field: str,
-    labels: int,
+    labels: int | None,
     unit_column: str | None = None,
     limit: int | None = None,
 ) -> Table:
@@ -51,7 +51,7 @@ def read_table(
     Args:
         plan: where the table is; an absolute path must already lie under the run's root.
         field: the plan's field that holds `plan`, for error messages.
-        labels: number of classes.
+        labels: number of classes; None where the text itself is learnt.
         unit_column: the column that names a row's user; None if each row is a privacy unit.
         limit: keep at most this many rows.
 
@@ -59,7 +59,8 @@ def read_table(
         BadData: the table is missing, unreadable, empty, or lacks what the plan says of it.
     """
     partition = plan.partition
-    columns = [plan.text_column, plan.label_column]
+    columns = [plan.text_column]
+    columns += [plan.label_column] if plan.label_column else []
     columns += [partition.column] if partition else []
     columns += [unit_column] if unit_column else []
 
@@ -77,9 +78,10 @@ def read_table(
             if partition and _as_string(batch[partition.column][row]) not in partition.values:
                 continue
             texts.append(_text(batch[plan.text_column][row], f"{field}.textColumn", plan))
-            classes.append(
-                _label(batch[plan.label_column][row], f"{field}.labelColumn", plan, labels)
-            )
+            if plan.label_column:
+                assert labels is not None, "the contract pairs labelColumn with labels"
+                value = batch[plan.label_column][row]
+                classes.append(_label(value, f"{field}.labelColumn", plan, labels))
             if unit_column:
                 users.append(_user(batch[unit_column][row], field, unit_column))
         if limit is not None and len(texts) >= limit:
@@ -88,9 +90,11 @@ def read_table(
     if not texts:
         chosen = f" with {partition.column!r} in {list(partition.values)}" if partition else ""
         raise BadData(f"{field}: the table has no rows{chosen}; check the file and the partition")
-    if unit_column:
-        return Table(texts[:limit], classes[:limit], users[:limit])
-    return Table(texts[:limit], classes[:limit], None)
+    return Table(
+        texts[:limit],
+        classes[:limit] if plan.label_column else None,
+        users[:limit] if unit_column else None,
+    )
 
 
 def _batches(plan: DataPlan, field: str, columns: list[str]) -> Iterator[dict[str, list[Any]]]:

@@ -19,12 +19,12 @@ Unit = tuple[int, ...]
 """A unit's rows, as indices into all rows of the job; never empty."""
 
 
-def load_units(blocks: tuple[BlockPlan, ...], labels: int) -> tuple[Table, list[Unit]]:
+def load_units(blocks: tuple[BlockPlan, ...], labels: int | None) -> tuple[Table, list[Unit]]:
     """Reads the tables of all blocks into one, with its rows grouped into privacy units.
 
     Args:
         blocks: the job's blocks; absolute paths must already lie under the run's root.
-        labels: number of classes.
+        labels: number of classes; None where the text itself is learnt.
 
     Raises:
         BadPlan: a block's unit is the user, and no column names it.
@@ -38,8 +38,8 @@ def load_units(blocks: tuple[BlockPlan, ...], labels: int) -> tuple[Table, list[
         table = read_table(block.data, f"blocks[{index}].data", labels, column)
         units += group_rows(table, first=len(texts))
         texts += table.texts
-        classes += table.labels
-    return Table(texts, classes), units
+        classes += table.labels or []
+    return Table(texts, classes if labels is not None else None), units
 
 
 def group_rows(table: Table, first: int) -> list[Unit]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dpmoe_trainer.dp.errors import NotPerSample
 from dpmoe_trainer.dp.uses import wide
 
-_IGNORED = -100
+IGNORED = -100
+"""The label of a token that does not count."""
 
 
 def per_sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def per_sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tenso
         return _classification(model, logits, labels)
     if kind == "ForCausalLM":
         # As transformers does it: in float32, and the last token predicts nothing.
-        return _mean_over_tokens(logits.float(), F.pad(labels[:, 1:], (0, 1), value=_IGNORED))
+        return _mean_over_tokens(logits.float(), F.pad(labels[:, 1:], (0, 1), value=IGNORED))
     if kind == "ForConditionalGeneration" and getattr(model.config, "is_encoder_decoder", False):
         return _mean_over_tokens(wide(logits), labels)
     raise NotPerSample(
@@ -52,12 +53,12 @@ def _classification(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
             f"config.problem_type is {problem!r} with {logits.shape[-1]} labels: only single-label "
             "classification with two or more labels is supported"
         )
-    return F.cross_entropy(logits, labels, ignore_index=_IGNORED, reduction="none")
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
 
 
 def _mean_over_tokens(logits: Tensor, targets: Tensor) -> Tensor:
     token_losses = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED, reduction="none"
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(targets)
-    counted = (targets != _IGNORED).sum(1)
+    counted = (targets != IGNORED).sum(1)
     return token_losses.sum(1) / counted.clamp_min(1)

@@ -6,7 +6,7 @@ fairness share hold for all policies alike, so they are here and no policy knows
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -150,3 +150,4 @@ def warm_up(name: str) -> None:
         priority=two[:1],
     )
     policy(name).grant(only)
+    policy(name).grant(replace(only, group=two[:1]))

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,6 +49,9 @@ PRIVATEKUBE_RENYI = {"granted": 53_439, "seconds": 103.0}
 
 FAIR_SHARES = 50
 """N of the fair share that the traces' fairness column is about."""
+
+FAIRNESS = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the budget that go in DPF's order, to see what efficiency that costs."""
 
 OFFLINE = Rules()
 ARTIFACT = Rules(Unlock(lifetime=30.0, steps=1000), period=10.0)
@@ -116,6 +120,15 @@ class Bench:
             Detail(workload.name, seed, str(rules.unlock), summary) for summary in summaries
         ]
         return {summary.policy: summary for summary in summaries}
+
+    def trade(self, workload: Workload, rules: Rules, seed: int) -> None:
+        """Play one workload through `dual` with several shares reserved for DPF's order."""
+        for share in FAIRNESS:
+            played = play(workload, POLICIES["dual"], rules, fairness=share)
+            summary = replace(
+                summarise(played, fair_shares=FAIR_SHARES), policy=f"dual, fairness {share:g}"
+            )
+            self.details.append(Detail(workload.name, seed, str(rules.unlock), summary))
 
 
 def main(
@@ -352,10 +365,11 @@ def _trace(bench: Bench, path: Path, seed: int, horizons: Sequence[int]) -> None
     policies = [*_ours(), STATIC_DPACK, ONLINE_DPACK]
     for horizon in horizons:
         out = bench.out.at(f"{path.parent.name}, {horizon} days")
-        count, size = (
-            bench.play(_read(path, horizon, weights, seed), policies, ARTIFACT, seed)
-            for weights in _WEIGHTS
-        )
+        by_count, by_size = (_read(path, horizon, weights, seed) for weights in _WEIGHTS)
+        count = bench.play(by_count, policies, ARTIFACT, seed)
+        if horizon == horizons[0]:
+            bench.trade(by_count, ARTIFACT, seed)
+        size = bench.play(by_size, policies, ARTIFACT, seed)
         published = count[ONLINE_DPACK.name].granted
         out.add(
             "tasks granted by dual",
@@ -376,9 +390,7 @@ def _trace(bench: Bench, path: Path, seed: int, horizons: Sequence[int]) -> None
             peer=(baseline.upper_bound or 0.0) / baseline.weight,
             peer_name="what no policy exceeds, knowing all tasks in advance",
         )
-        flexible = bench.play(
-            elastic(_read(path, horizon, "count", seed), PARTS), _ours(), ARTIFACT, seed
-        )
+        flexible = bench.play(elastic(by_count, PARTS), _ours(), ARTIFACT, seed)
         out.add(
             "utility granted by dual, elastic jobs",
             flexible["dual"].weight,

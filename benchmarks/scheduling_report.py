@@ -13,18 +13,39 @@ from dpmoe_operator.simulate.summary import Summary
 
 _HEAD = """# Scheduling: policies on published workloads
 
-Written by `python -m benchmarks.scheduling --trace FILE --markdown docs/results/scheduling.md`.
+Written by `python benchmarks/scheduling.py`.
+"""
+
+_PLOTS = """
+## Plots
+
+Thirty days of the Alibaba-DP surrogate. Written by
+`dpmoe simulate tasks.csv.gz --horizon 30 --plots docs/results/plots`.
+
+![Tasks granted over time, by policy](plots/granted.png)
+
+![How long granted tasks waited, by policy](plots/waits.png)
+
+![Budget of each block in the end, dual](plots/budget-dual.png)
+
+![Budget of each block in the end, DPF](plots/budget-dpf.png)
 """
 
 _NOTES = """
-- *DPack's artifact* sums all tied best orders of a block, as the authors' code does, and does so
-  once a round or anew after every 50 grants; *dpack* is ours, which picks one order.
+- *DPack's artifact* sums all tied best orders of a block, and picks them by how many tasks fit,
+  whatever those weigh, as the authors' code does; once a round or anew after every 50 grants.
+  *dpack* is ours, which picks one order, by weight.
+- *weight by size*: thousandths of ε times blocks, the profit that the authors' generator calls
+  `ksize`.
+- *elastic*: every task would also take half its demand for 0.8 of its weight, or a quarter for 0.6.
+- *dual, fairness f*: the part f of the budget goes in DPF's order first.
 - *bound*: no policy could grant more weight out of what was unlocked in the end, not even one that
   knows all tasks in advance.
 - *fair*: of the tasks that ask at most a fiftieth of each of their blocks, the part that got it.
 - *decided*: seconds that the policy took, over all rounds.
 - Targets were set on other random draws of the same workloads. The bound says what was possible on
-  these: where it is below a target, no policy could have met it.
+  these: where it is below a target, no policy could have met it. The ratio of weights that no
+  policy exceeds stands as the peer of each ratio of weights.
 - PrivateKube's figures were measured with its own simulator on its own seed (its workload, another
   random stream). Times are of different machines where the peer is not in the same run.
 """
@@ -63,7 +84,7 @@ def write_markdown(
     """
     parts = [_HEAD, *_setting(packages, seed, quick, load), "\n## Targets\n", _targets(rows)]
     if details:
-        parts += ["\n## All policies\n", _all_policies(details)]
+        parts += [_PLOTS, "\n## All policies\n", _all_policies(details)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*parts, _NOTES]))
 

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
 from dpmoe_operator.api.ledgerentry import Record
+from dpmoe_operator.control.allocation import Allocation
 from dpmoe_operator.control.decide import decide, react
 from dpmoe_operator.control.freeze import frozen
 from dpmoe_operator.control.market import Market
@@ -113,6 +114,8 @@ class RoundLoop:
         for records in in_entries(decision.records):
             entry = await self._ledger.append(records, time=format_time(now))
             logger.info("%s: %s", entry, _summary(records))
+        if decision.allocation.granted:
+            logger.info("round: %s", _efficiency(decision.allocation))
         await self._ledger.secure()
         if any(record.account_opened for record in decision.records):
             # Jobs could not ask for these accounts yet; what people read can wait for that.
@@ -200,6 +203,17 @@ async def _within(event: Awaitable[object], seconds: float) -> bool:
 
 def _over(grant: Grant | None) -> bool:
     return grant is None or grant.settled is not None
+
+
+def _efficiency(allocation: Allocation) -> str:
+    """What a round was worth, of what it could have been, and who of the modest got their share."""
+    outcome = allocation.outcome
+    assert outcome is not None
+    bound = "" if outcome.bound is None else f" of at most {outcome.bound:g}"
+    return (
+        f"weight {outcome.weight:g}{bound} is granted; of {outcome.fair} jobs that ask at most"
+        f" their fair share, {outcome.fair_granted} are"
+    )
 
 
 def _summary(records: list[Record]) -> str:

@@ -42,7 +42,9 @@ def write_plots(played: Sequence[Played], folder: Path) -> list[Path]:
 
 def _granted(played: Sequence[Played]) -> "Figure":
     figure, axes = _axes("Tasks granted", played[0].workload.name)
-    arrival = played[0].workload.arrival
+    workload = played[0].workload
+    first_points = np.diff(workload.whole.job_of_task, prepend=-1) > 0
+    arrival = workload.arrival[first_points]
     # A little beyond the last grant, so that what it led to can be seen.
     last = [float(np.nanmax(one.granted_at, initial=0.0)) for one in played]
     end = 1.03 * max(float(arrival.max(initial=0.0)), *last)

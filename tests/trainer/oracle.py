@@ -107,8 +107,14 @@ def check_noise(add_noise, sums, unhit, noise_multiplier=0.7, clipping_norm=0.3)
     name, experts = unhit
     assert experts.any()
     assert not sums[name][experts].any()
-    everywhere = {"unhit experts": added[name].view(len(experts), -1)[experts].flatten(), **added}
+    by_expert = added[name].view(len(experts), -1)
+    everywhere = {
+        "unhit experts": by_expert[experts].flatten(),
+        "hit experts": by_expert[~experts].flatten(),
+        **added,
+    }
     for place, noise in everywhere.items():
         if noise.numel() >= 100:
-            error = 5 * expected / math.sqrt(2 * noise.numel())
-            assert abs(float(noise.pow(2).mean().sqrt()) - expected) <= error, f"noise at {place}"
+            # The variance, within three standard errors.
+            error = 3 * expected**2 * math.sqrt(2 / noise.numel())
+            assert abs(float(noise.pow(2).mean()) - expected**2) <= error, f"noise at {place}"

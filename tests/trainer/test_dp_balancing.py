@@ -14,7 +14,15 @@ from dpmoe_trainer.dp.balancing import Balancing, ReleasedLoad, SequenceBalancin
 from dpmoe_trainer.dp.noise import NoiseKey, add_noise
 from dpmoe_trainer.dp.routes import BalancingLoss, LoadQuery
 
-SEEN = ["dpmoe-bert", "mixtral-lm", "qwen3-classifier", "gpt-oss-lm", "deepseek-v3-lm", "switch"]
+SEEN = [
+    "dpmoe-bert",
+    "mixtral-lm",
+    "mixtral-lora",
+    "qwen3-classifier",
+    "gpt-oss-lm",
+    "deepseek-v3-lm",
+    "switch",
+]
 
 
 @contextmanager
@@ -23,10 +31,11 @@ def routing_of(model):
     seen, handles = {}, []
     for name, module in model.named_modules():
         kind = type(module).__name__
+        place = name.split(".experts")[0] + ".experts"  # An adapter wraps experts.
         if kind.endswith("Experts"):
             handles.append(
                 module.register_forward_pre_hook(
-                    lambda module, inputs, name=name: seen.setdefault(name, {}).update(
+                    lambda module, inputs, place=place: seen.setdefault(place, {}).update(
                         chosen=inputs[1], experts=module.num_experts
                     )
                 )

@@ -62,6 +62,8 @@ def routed_layers(model: nn.Module) -> dict[int, RoutedLayer]:
         count = getattr(experts, "num_experts", None)
         if not isinstance(experts, nn.Module) or count is None:
             continue
+        # An adapter on experts wraps them, and the engine runs what is wrapped.
+        experts = getattr(experts, "get_base_layer", lambda: block.experts)()
         routers: list[Any] = [
             each for each in block.children() if type(each).__name__.endswith("Router")
         ]

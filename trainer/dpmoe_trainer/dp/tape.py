@@ -219,12 +219,16 @@ class Tape:
     # Uses, from the forward pass to the norms.
 
     def record(self, output: Tensor, use: Use) -> Tensor:
-        """Has `use` receive the gradient of `output`, if there is to be a backward pass."""
+        """Has `use` receive the gradient of a layer's output, if there is to be a backward pass.
+
+        Returns:
+            The output that the model must go on with.
+        """
         use.group = self._group_of(use.names)
         if not torch.is_grad_enabled():
             return output
-        if not output.requires_grad:
-            output.requires_grad_()
+        if not output.requires_grad or output._is_view():
+            output = _Recorded.apply(torch.ones((), requires_grad=True), output)
         output.register_hook(partial(self._hand_over, use))
         return output
 
@@ -310,6 +314,22 @@ class Tape:
         if self._gram is None or not _same_memory(self._gram[0], rows):
             self._gram = (rows, wide(rows) @ wide(rows).transpose(1, 2))
         return self._gram[1]
+
+
+class _Recorded(torch.autograd.Function):
+    """The same numbers, as a tensor that has a gradient and that a model may change in place.
+
+    Changed in place, a view is computed anew from what it is a view of, past the hooks that it had
+    (a linear layer's output with a bias is one), and what has no history may not be changed at all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:
+        return torch._unsafe_view(output, output.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

@@ -146,7 +146,7 @@ def _fused_linear(
     output_SO = product(rows_SI, weight if inputs_first else weight.transpose(1, 2), segments)
     if name is not None:
         use = ExpertWeights([name], lambda total: {name: total}, rows_SI, segments, inputs_first)
-        tape.record(output_SO, use)
+        output_SO = tape.record(output_SO, use)
     for adapter in adapted(module, kind):
         output_SO = output_SO + _low_rank(tape, adapter, rows_SI, segments)
     if bias is not None:
@@ -154,7 +154,7 @@ def _fused_linear(
             segments.length, 0
         ).to(output_SO.dtype)
         if bias_name is not None:
-            tape.record(output_SO, ExpertBiases(bias_name, segments))
+            output_SO = tape.record(output_SO, ExpertBiases(bias_name, segments))
     return output_SO
 
 
@@ -169,13 +169,13 @@ def _low_rank(tape: Tape, adapter: ExpertAdapter, rows_SI: Tensor, segments: Seg
         stored = ExpertWeights(
             [down_name], lambda total: {down_name: adapter.as_down(total)}, rows_SI, segments
         )
-        tape.record(h_SR, stored)
+        h_SR = tape.record(h_SR, stored)
     output_SO = product(h_SR, adapter.by_expert_up(up).transpose(1, 2), segments)
     if up_name is not None:
         stored = ExpertWeights(
             [up_name], lambda total: {up_name: adapter.as_up(total)}, h_SR, segments
         )
-        tape.record(output_SO, stored)
+        output_SO = tape.record(output_SO, stored)
     return output_SO * adapter.scaling
 
 

@@ -84,7 +84,7 @@ def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None
     assert weight_value is not None, "a linear layer has a weight"
     output = F.linear(input, weight_value, bias_value)
     if weight_name is not None:
-        tape.record(output, LinearWeight(tape, weight_name, input))
+        output = tape.record(output, LinearWeight(tape, weight_name, input))
     if bias_name is not None:
-        tape.record(output, Bias(tape, bias_name))
+        output = tape.record(output, Bias(tape, bias_name))
     return output

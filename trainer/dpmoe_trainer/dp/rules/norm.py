@@ -45,12 +45,12 @@ def layer_norm(
     output = F.layer_norm(input, normalized_shape, weight_value, bias_value, eps)
     if weight_name is not None:
         kept = Kept(input)
-        tape.record(
+        output = tape.record(
             output,
             Scale(tape, weight_name, lambda: F.layer_norm(kept.value(), normalized_shape, eps=eps)),
         )
     if bias_name is not None:
-        tape.record(output, Bias(tape, bias_name))
+        output = tape.record(output, Bias(tape, bias_name))
     return output
 
 

@@ -1,6 +1,12 @@
 """Options of the whole test suite, and what it says at its end."""
 
+import os
+
 import pytest
+
+# Tests run side by side, on tiny models: threads of torch would wait for each other, turn by turn,
+# and a minute becomes ten. Said here, before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 KILLS, OTHER_FAULTS = "operators killed", "other faults"
 """Properties of a test's report, which also reach the terminal from another process."""

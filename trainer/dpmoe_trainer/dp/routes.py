@@ -63,8 +63,8 @@ def routed_layers(model: nn.Module) -> dict[int, RoutedLayer]:
         if not isinstance(experts, nn.Module) or count is None:
             continue
         # An adapter on experts wraps them, and the engine runs what is wrapped.
-        if hasattr(experts, "get_base_layer"):
-            experts = experts.get_base_layer()
+        unwrap: Any = getattr(experts, "get_base_layer", None)
+        experts = experts if unwrap is None else unwrap()
         routers: list[Any] = [
             each for each in block.children() if type(each).__name__.endswith("Router")
         ]

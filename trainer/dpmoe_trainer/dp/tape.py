@@ -325,7 +325,8 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:
-        return torch._unsafe_view(output, output.shape)
+        copied: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+        return copied
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:

@@ -50,6 +50,9 @@ PRIVATEKUBE_RENYI = {"granted": 53_439, "seconds": 103.0}
 FAIR_SHARES = 50
 """N of the fair share that the traces' fairness column is about."""
 
+FORESIGHT = 30.0
+"""How far ahead unlocks are counted on: as long as a block's budget takes to unlock."""
+
 FAIRNESS = (0.25, 0.5, 0.75, 1.0)
 """Shares of the budget that go in DPF's order, to see what efficiency that costs."""
 
@@ -120,6 +123,14 @@ class Bench:
             Detail(workload.name, seed, str(rules.unlock), summary) for summary in summaries
         ]
         return {summary.policy: summary for summary in summaries}
+
+    def look_ahead(self, workload: Workload, rules: Rules, seed: int) -> float:
+        """Play one workload through `dual` with foresight; the weight that it grants."""
+        played = play(workload, POLICIES["dual"], replace(rules, foresight=FORESIGHT))
+        summary = summarise(played, fair_shares=FAIR_SHARES)
+        named = replace(summary, policy=f"dual, {FORESIGHT:g} days ahead")
+        self.details.append(Detail(workload.name, seed, str(rules.unlock), named))
+        return summary.weight
 
     def trade(self, workload: Workload, rules: Rules, seed: int) -> None:
         """Play one workload through `dual` with several shares reserved for DPF's order."""
@@ -367,9 +378,11 @@ def _trace(bench: Bench, path: Path, seed: int, horizons: Sequence[int]) -> None
         out = bench.out.at(f"{path.parent.name}, {horizon} days")
         by_count, by_size = (_read(path, horizon, weights, seed) for weights in _WEIGHTS)
         count = bench.play(by_count, policies, ARTIFACT, seed)
+        counted_ahead = bench.look_ahead(by_count, ARTIFACT, seed)
         if horizon == horizons[0]:
             bench.trade(by_count, ARTIFACT, seed)
         size = bench.play(by_size, policies, ARTIFACT, seed)
+        weighed_ahead = bench.look_ahead(by_size, ARTIFACT, seed)
         published = count[ONLINE_DPACK.name].granted
         out.add(
             "tasks granted by dual",
@@ -380,10 +393,28 @@ def _trace(bench: Bench, path: Path, seed: int, horizons: Sequence[int]) -> None
             peer=published,
             peer_name=ONLINE_DPACK.name,
         )
+        out.add(
+            "tasks granted by dual, 30 days ahead",
+            counted_ahead,
+            "tasks",
+            better="higher",
+            target=published,
+            peer=count["dual"].weight,
+            peer_name="dual without foresight",
+        )
         baseline = size[ONLINE_DPACK.name]
         out.add(
             "size-proportional weight of dual over the artifact's",
             size["dual"].weight / baseline.weight,
+            "×",
+            better="higher",
+            target=1.14,
+            peer=(baseline.upper_bound or 0.0) / baseline.weight,
+            peer_name="what no policy exceeds, knowing all tasks in advance",
+        )
+        out.add(
+            "size-proportional weight of dual, 30 days ahead, over the artifact's",
+            weighed_ahead / baseline.weight,
             "×",
             better="higher",
             target=1.14,

@@ -19,7 +19,12 @@ FULL: dict[str, Any] = {
         "storageCidrs": ["10.1.0.0/16", "fd00::/8"],
         "hostPaths": ["/srv/data", "/mnt/reviews"],
     },
-    "scheduling": {"policy": "fcfs", "fairness": 0.25, "roundSeconds": 0.5},
+    "scheduling": {
+        "policy": "fcfs",
+        "fairness": 0.25,
+        "foresightSeconds": 86400,
+        "roundSeconds": 0.5,
+    },
     "anchor": {"size": "10Gi", "storageClassName": "fast"},
     "resources": {"requests": {"cpu": 1, "memory": "1Gi"}, "limits": {"memory": "2Gi"}},
     "nodeSelector": {"kubernetes.io/os": "linux"},

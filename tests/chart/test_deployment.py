@@ -54,6 +54,7 @@ def test_the_operator_understands_what_the_default_values_say(
         "trainer_image": "ghcr.io/dpmoe/trainer:0.1.0",
         "policy": DEFAULTS.policy,
         "fairness": DEFAULTS.fairness,
+        "foresight_seconds": DEFAULTS.foresight_seconds,
         "round_seconds": 5.0,
         "anchor": Path("/var/lib/dpmoe/anchor"),
         "no_anchor": False,
@@ -74,6 +75,7 @@ def test_the_operator_understands_what_other_values_say(
     understood = parameters(full, monkeypatch)
     assert understood["trainer_image"] == "registry.example/trainer:1.2"
     assert understood["policy"] == "fcfs"
+    assert understood["foresight_seconds"] == 86400
     assert understood["round_seconds"] == 0.5
     assert understood["gpu_resource"] == "amd.com/gpu"
     assert list(understood["storage_cidr"]) == ["10.1.0.0/16", "fd00::/8"]

@@ -82,7 +82,12 @@ def test_json_file_and_plots(workload: Path, tmp_path: Path) -> None:
 def test_options_overrule_the_file(workload: Path) -> None:
     arguments = (workload, "--policy", "fcfs", "--json", "--no-bound")
     offline = json.loads(dpmoe(*arguments, "--unlock", "immediate", "--period", "30").stdout)
-    assert offline["rules"] == {"unlock": "immediate", "period": 30.0, "until": None}
+    assert offline["rules"] == {
+        "unlock": "immediate",
+        "period": 30.0,
+        "until": None,
+        "foresight": 0.0,
+    }
     assert offline["results"][0]["rounds"] == 1
     assert offline["results"][0]["upper_bound"] is None
     ended = json.loads(dpmoe(*arguments, "--until", "3").stdout)
@@ -97,7 +102,12 @@ def test_a_trace_with_its_published_rules(tmp_path: Path) -> None:
     path.write_text(header + '1,1,LatestBlocksFirst,"[3, 8]","[0.1, 0.2]",1\n' * 40)
     result = dpmoe(path, "--policy", "dual", "--horizon", "20", "--initial-blocks", "5", "--json")
     printed = json.loads(result.stdout)
-    assert printed["rules"] == {"unlock": "time:30/1000", "period": 10.0, "until": None}
+    assert printed["rules"] == {
+        "unlock": "time:30/1000",
+        "period": 10.0,
+        "until": None,
+        "foresight": 0.0,
+    }
     assert printed["workload"]["blocks"] == 25
     assert printed["results"][0]["rounds"] == 2
 

@@ -105,7 +105,12 @@ def test_json_tells_when_each_task_was_granted(workload: Workload) -> None:
     played = play_first(workload, rules)
     result = json.loads(json.dumps(to_object(workload, rules, [played], [summarise(played)])))
     assert result["workload"] == {"name": "small", "tasks": 5, "blocks": 2, "orders": [2.0, 8.0]}
-    assert result["rules"] == {"unlock": "time:20/4", "period": 10.0, "until": None}
+    assert result["rules"] == {
+        "unlock": "time:20/4",
+        "period": 10.0,
+        "until": None,
+        "foresight": 0.0,
+    }
     assert result["results"][0]["policy"] == "fcfs"
     assert result["results"][0]["granted_at"] == [10, 20, None, 20, None]
 

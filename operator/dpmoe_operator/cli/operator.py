@@ -35,6 +35,15 @@ def operator(
             help="Share of the available budget that goes in the order of dpf first.",
         ),
     ] = 0.0,
+    foresight_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="DPMOE_FORESIGHT_SECONDS",
+            min=0,
+            max=315_360_000,
+            help="How far ahead unlocks by time are counted on, to keep budget for them.",
+        ),
+    ] = 0.0,
     round_seconds: Annotated[
         float,
         typer.Option(
@@ -121,6 +130,7 @@ def operator(
             trainer_image=trainer_image,
             policy=policy,
             fairness=fairness,
+            foresight_seconds=foresight_seconds,
             gpu_resource=gpu_resource,
             storage_cidrs=tuple(storage_cidr or ()),
             host_paths=tuple(host_path or ()),

@@ -60,6 +60,10 @@ def simulate(
         float | None,
         typer.Option(help="Time between rounds; 0 for a round at every arrival."),
     ] = None,
+    foresight: Annotated[
+        float | None,
+        typer.Option(help="How far ahead unlocks by time are counted on, to keep budget for them."),
+    ] = None,
     until: Annotated[float | None, typer.Option(help="When the last round happens.")] = None,
     horizon: Annotated[
         int, typer.Option(min=1, help="Of a trace: days that it is squeezed into.")
@@ -106,7 +110,7 @@ def simulate(
         made, rules = _read(workload, horizon, initial_blocks, weights, seed)
         if parts:
             made = elastic(made, [Part.parse(part) for part in parts])
-        rules = _with_options(rules, unlock, period, until)
+        rules = _with_options(rules, unlock, period, until, foresight)
         played = [_play(made, name, rules, fairness, quiet=as_json) for name in names]
         limit = upper_bound(played[0]) if bound else None
         summaries = [summarise(one, upper_bound=limit, fair_shares=fair_shares) for one in played]
@@ -144,7 +148,11 @@ def _read(
 
 
 def _with_options(
-    rules: Rules, unlock: str | None, period: float | None, until: float | None
+    rules: Rules,
+    unlock: str | None,
+    period: float | None,
+    until: float | None,
+    foresight: float | None,
 ) -> Rules:
     """The rules of the workload, where options say nothing else."""
     if unlock is not None:
@@ -153,6 +161,8 @@ def _with_options(
         rules = replace(rules, period=period or None)
     if until is not None:
         rules = replace(rules, until=until)
+    if foresight is not None:
+        rules = replace(rules, foresight=foresight)
     return rules
 
 

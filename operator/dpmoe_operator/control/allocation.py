@@ -44,11 +44,13 @@ class Unlocked:
         rule: the unlocking rule, in its state at this round.
         amounts: at each order of the account, in 10⁻⁹ ε.
         complete_at: when time-unlocking will have released all of it; None otherwise.
+        soon: what will be released within the operator's foresight; as `amounts` without one.
     """
 
     rule: unlocking.Unlocking
     amounts: tuple[int, ...]
     complete_at: datetime | None = None
+    soon: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,13 @@ def allocate(
             apart[uid] = hold
         else:
             candidates.append(planned)
-    unlocked = _unlocked(snapshot, judged, candidates)
+    unlocked = _unlocked(snapshot, judged, candidates, settings.foresight_seconds)
     if not candidates:
         return Allocation(unlocked=unlocked, apart=apart)
     market = market or Market()
     table = _Table(snapshot, candidates, unlocked)
-    round_, rows = table.round(), table.meaning()
+    round_ = table.round(looks_ahead=settings.foresight_seconds > 0)
+    rows = table.meaning()
     orders = tuple(map(str, table.orders))
     outcome = policy(settings.policy).grant(
         round_, prices=market.quote(rows, orders), fairness=settings.fairness
@@ -135,7 +138,9 @@ def allocate(
 def _explained(table: "_Table", round_: Round, outcome: Outcome) -> dict[str, Waiting]:
     """Why each job that took part in a round and got nothing has to wait, by its uid."""
     waiting = {}
-    for explanation in explain(round_, outcome.granted, outcome.order, table.rules()):
+    for explanation in explain(
+        round_, outcome.granted, outcome.order, table.rules(), outcome.planned
+    ):
         planned = table.tasks[explanation.task]
         waiting[planned.job.meta.uid] = _in_words(planned, explanation, table)
     return waiting
@@ -175,6 +180,7 @@ def _unlocked(
     snapshot: Snapshot,
     judged: Mapping[tuple[str, str], Standing],
     candidates: Sequence[Planned],
+    foresight: float,
 ) -> dict[str, Unlocked]:
     """What every standing block's account released so far.
 
@@ -191,18 +197,23 @@ def _unlocked(
             continue
         name = account.opened.account
         seen = account.spending.jobs + arrivals.get(name, 0)
-        result[name] = _released(account, standing.spec.unlocking, seen, snapshot.now)
+        rule = _rule(account, standing.spec.unlocking, seen)
+        result[name] = _released(account, rule, snapshot.now, foresight)
     return result
 
 
-def _released(account: Account, declared: Unlocking, arrivals: int, now: datetime) -> Unlocked:
-    rule = _rule(account, declared, arrivals)
+def _released(
+    account: Account, rule: unlocking.Unlocking, now: datetime, foresight: float
+) -> Unlocked:
+    capacity_row = np.array(account.capacity, dtype=np.int64)
     fraction = unlocking.fraction(rule, now.timestamp())
-    row = unlocking.unlocked(np.array(account.capacity, dtype=np.int64), fraction)
+    row = unlocking.unlocked(capacity_row, fraction)
+    later = unlocking.fraction(rule, now.timestamp() + foresight)
+    soon = unlocking.unlocked(capacity_row, later)
     complete_at = None
     if isinstance(rule, unlocking.ByTime) and fraction < 1:
         complete_at = datetime.fromtimestamp(rule.opened + rule.lifetime, UTC)
-    return Unlocked(rule, tuple(row.tolist()), complete_at)
+    return Unlocked(rule, tuple(row.tolist()), complete_at, tuple(soon.tolist()))
 
 
 def _rule(account: Account, declared: Unlocking, arrivals: int) -> unlocking.Unlocking:
@@ -262,13 +273,15 @@ class _Table:
         own = [self.unlocked[account.opened.account].rule for account in self.accounts]
         return own + [unlocking.Immediate() for _ in self.caps]
 
-    def round(self) -> Round:
-        """The arrays that policies see."""
+    def round(self, *, looks_ahead: bool = False) -> Round:
+        """The arrays that policies see; with what unlocks soon if the operator looks ahead."""
         capacity_rows, unlocked_rows, reserved_rows, consumed_rows = [], [], [], []
+        soon_rows = []
         for account in self.accounts:
             capacity_rows.append(self._spread(account, account.capacity, ABSENT))
-            released = self.unlocked[account.opened.account].amounts
-            unlocked_rows.append(self._spread(account, released, ABSENT))
+            unlocked = self.unlocked[account.opened.account]
+            unlocked_rows.append(self._spread(account, unlocked.amounts, ABSENT))
+            soon_rows.append(self._spread(account, unlocked.soon, ABSENT))
             reserved_rows.append(self._spread(account, account.spending.reserved, 0))
             consumed_rows.append(self._spread(account, account.spending.consumed, 0))
         for account, namespace, epsilon in self.caps:
@@ -278,6 +291,7 @@ class _Table:
             )
             capacity_rows.append(self._spread(account, limit, ABSENT))
             unlocked_rows.append(capacity_rows[-1])
+            soon_rows.append(capacity_rows[-1])
             reserved_rows.append(self._spread(account, spent.reserved, 0))
             consumed_rows.append(self._spread(account, spent.consumed, 0))
         rows = [self.rows_of(task) for task in self.tasks]
@@ -298,6 +312,7 @@ class _Table:
             group=np.array(self._group, dtype=np.int64)
             if len(set(self._group)) < len(self.tasks)
             else None,
+            soon=np.array(soon_rows, dtype=np.int64) if looks_ahead else None,
         )
 
     def _spread(self, account: Account, amounts: Sequence[int], absent: int) -> list[int]:
@@ -364,6 +379,12 @@ def _in_words(planned: Planned, explanation: Explanation, table: _Table) -> Wait
         Reason.OUTRANKED: f"rank {_about(explanation.rank)} of {_about(explanation.of)} in the"
         f" order of the policy; {numbers} after the jobs before it{smaller}",
     }
+    if explanation.held:
+        texts[Reason.OUTRANKED] = (
+            f"rank {_about(explanation.rank)} of {_about(explanation.of)} in the order of the"
+            f" policy; budget is kept for jobs before it that fit once more is unlocked: {numbers}"
+            " after them"
+        )
     return _waiting(planned, explanation.reason, _closest(planned) + texts[explanation.reason])
 
 

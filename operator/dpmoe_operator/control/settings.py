@@ -13,6 +13,8 @@ class Settings:
         policy: name of the scheduling policy.
         fairness: share of each block's available budget, in [0, 1], that goes in the order of DPF
             before the policy gets the rest.
+        foresight_seconds: how far ahead unlocks by time are counted on: budget is kept for jobs
+            that are worth more and will fit then. 0 to grant whatever fits now.
         gpu_resource: extended resource name of a GPU.
         storage_cidrs: address ranges that trainer pods may reach beside each other and DNS.
         host_paths: folders of the nodes that blocks may name as `dataset.path`; none by default,
@@ -26,6 +28,7 @@ class Settings:
     trainer_image: str
     policy: str = "dual"
     fairness: float = 0.0
+    foresight_seconds: float = 0.0
     gpu_resource: str = "nvidia.com/gpu"
     storage_cidrs: tuple[str, ...] = ()
     host_paths: tuple[str, ...] = ()

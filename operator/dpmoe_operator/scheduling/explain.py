@@ -49,6 +49,8 @@ class Explanation:
             even a thousandth would.
         unlock_at: If waiting for an unlock: when all its blocks that unlock by time will have
             released enough, on the clock of `ByTime.opened`. None if no such block is short.
+        held: Whether it would fit what the round left over, which is kept for tasks that are worth
+            more and fit once more is unlocked; `left` is what they leave over then.
         arrivals: If waiting for an unlock: how many more tasks must ask for its blocks that unlock
             by arrivals. None if no such block is short.
     """
@@ -64,6 +66,7 @@ class Explanation:
     fits_now: float | None = None
     unlock_at: float | None = None
     arrivals: int | None = None
+    held: bool = False
 
     @property
     def lacks(self) -> float:
@@ -72,7 +75,11 @@ class Explanation:
 
 
 def explain(
-    round: Round, granted: Ints, ranking: Ints, unlocking: Sequence[Unlocking]
+    round: Round,
+    granted: Ints,
+    ranking: Ints,
+    unlocking: Sequence[Unlocking],
+    planned: Ints | None = None,
 ) -> tuple[Explanation, ...]:
     """Explain every job that was not granted.
 
@@ -84,6 +91,7 @@ def explain(
         granted: int64[G], the tasks that got budget.
         ranking: int64[T], all tasks in the policy's order, best first.
         unlocking: For each block row, its rule.
+        planned: int64[P], the tasks for which budget is kept, in a round that looks ahead.
 
     Returns:
         One explanation for each waiting job, by its task's place in the round.
@@ -106,7 +114,7 @@ def explain(
     waiting[round.siblings(granted)] = False
     # By job: a later rung overwrites an earlier one.
     explanations: dict[int, Explanation] = {}
-    for reason, budget in _ladder(round, left):
+    for held, reason, budget in _ladder(round, left, planned):
         blocked = waiting & ~tasks_that_fit(round, budget)
         waiting &= ~blocked
         tasks = np.flatnonzero(blocked)
@@ -133,19 +141,26 @@ def explain(
                 fits_now=int(parts[task]) / _PARTS if parts[task] > 0 else None,
                 unlock_at=unlock_at,
                 arrivals=arrivals,
+                held=held,
             )
-            if known is None or known.reason is not reason or explained.lacks < known.lacks:
+            if (
+                known is None
+                or (known.reason, known.held) != (reason, held)
+                or explained.lacks < known.lacks
+            ):
                 explanations[job] = explained
     return tuple(explanation for _, explanation in sorted(explanations.items()))
 
 
-def _ladder(round: Round, left: Ints) -> Iterator[tuple[Reason, Ints]]:
+def _ladder(round: Round, left: Ints, planned: Ints | None) -> Iterator[tuple[bool, Reason, Ints]]:
     """The rungs, worst reason first. Whom the last one doesn't hold back is not waiting."""
-    yield Reason.DEMAND_EXCEEDS_CAPACITY, round.capacity
-    yield Reason.BLOCK_EXHAUSTED, round.capacity - round.consumed
-    yield Reason.WAITING_FOR_REFUND, round.capacity - round.consumed - round.reserved
-    yield Reason.WAITING_FOR_UNLOCK, round.available
-    yield Reason.OUTRANKED, left
+    yield False, Reason.DEMAND_EXCEEDS_CAPACITY, round.capacity
+    yield False, Reason.BLOCK_EXHAUSTED, round.capacity - round.consumed
+    yield False, Reason.WAITING_FOR_REFUND, round.capacity - round.consumed - round.reserved
+    yield False, Reason.WAITING_FOR_UNLOCK, round.available
+    yield False, Reason.OUTRANKED, left
+    if planned is not None:
+        yield True, Reason.OUTRANKED, left_after(round.ahead, planned)
 
 
 _Unlocks = dict[int, tuple[float | None, int | None]]

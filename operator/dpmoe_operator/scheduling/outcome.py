@@ -56,6 +56,8 @@ class Outcome:
     Attributes:
         granted: int64[G], the tasks that get budget, in the order of their grants; of an elastic
             job, the point that was chosen.
+        planned: int64[P], the tasks for which budget is kept, whether it is unlocked already or
+            not: the granted ones, unless the round looks ahead.
         order: int64[T], all tasks, the most deserving first: what a rank is read from.
         weight: The weight of the granted tasks together.
         bound: An upper bound on the weight of any set of tasks that fits, whatever orders the
@@ -66,6 +68,7 @@ class Outcome:
     """
 
     granted: Ints
+    planned: Ints
     order: Ints
     weight: float
     bound: float | None

@@ -1,8 +1,15 @@
 """The policies by name. A policy is one module that ranks the tasks of a round, registered here.
 
 A policy never decides whether something fits: its ranking is granted through `filling`, and the
-operator re-verifies every round with `filling.check_grants` before it commits. Priorities and the
-fairness share hold for all policies alike, so they are here and no policy knows of them.
+operator re-verifies every round with `filling.check_grants` before it commits. Priorities, the
+fairness share and foresight hold for all policies alike, so they are here and no policy knows of
+them.
+
+*Foresight*: a block that unlocks bit by bit never has enough for a large task if small ones take
+each bit at once. When unlocks are known ahead, the policy shares out what will be there a while
+from now. Who has a place in that plan and fits already is granted; who has none waits, although it
+might fit now, since its budget is kept for tasks that are worth more. Once all is unlocked the plan
+is the round, so nobody waits for ever.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,14 +62,18 @@ class Policy:
         """
         if not 0 <= fairness <= 1:
             raise ValueError(f"fairness: {fairness} must lie in [0, 1].")
-        ranking = self.rank(round, prices)
+        ahead = round.ahead
+        ranking = self.rank(ahead, prices)
         order = ranking.order
         if fairness > 0 or len(np.unique(round.priority)) > 1:
-            order = self._by_priority(round, ranking.prices, fairness)
-        granted = fill(round, order)
+            order = self._by_priority(ahead, ranking.prices, fairness)
+        granted = planned = fill(ahead, order)
+        if round.soon is not None:
+            granted = fill(round, order[np.isin(order, planned)])
         fair = fair_jobs(round)
         return Outcome(
             granted=granted,
+            planned=planned,
             order=order,
             weight=float(round.weight[granted].sum()),
             bound=ranking.bound,

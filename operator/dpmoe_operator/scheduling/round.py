@@ -50,6 +50,8 @@ class Round:
         priority: int64[T]; higher goes first, before everything else.
         fair_shares: int64[B], the N of each row whose fair share is c/N; 0 where nobody said, and
             None if that holds for all: then N is the number of jobs that wait for the row.
+        soon: int64[B, A], what will be unlocked a while from now, at least `unlocked`: for whom it
+            is kept is decided now (see `policies`). None to look no further than now.
         group: int64[T], not decreasing: tasks of one number are the points of one elastic job, with
             one arrival and one priority, and weights that say what each is worth. None if every
             task is a job of its own.
@@ -71,6 +73,7 @@ class Round:
     priority: Ints
     fair_shares: Ints | None = None
     group: Ints | None = None
+    soon: Ints | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -110,6 +113,11 @@ class Round:
     def available(self) -> Ints:
         """int64[B, A]: what can be granted now; negative where an order is overdrawn."""
         return self.unlocked - self.reserved - self.consumed
+
+    @property
+    def ahead(self) -> "Round":
+        """The round as it would be if all that unlocks soon were unlocked now."""
+        return self if self.soon is None else replace(self, unlocked=self.soon, soon=None)
 
     @cached_property
     def task_of_pair(self) -> Ints:
@@ -168,10 +176,11 @@ class Round:
             "priority": (np.int64, (tasks,)),
             "fair_shares": (np.int64, (blocks,)),
             "group": (np.int64, (tasks,)),
+            "soon": (np.int64, (blocks, orders)),
         }
         for name, (dtype, shape) in shapes.items():
             array = getattr(self, name)
-            if array is None and name in ("fair_shares", "group"):
+            if array is None and name in ("fair_shares", "group", "soon"):
                 continue
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(
@@ -200,6 +209,11 @@ class Round:
             ),
             "unlocked: must lie between 0 and a positive capacity, or equal a negative one",
         )
+        if self.soon is not None:
+            _require(
+                _all((self.soon >= self.unlocked) & (self.soon <= self.capacity)),
+                "soon: must lie between what is unlocked and the capacity",
+            )
         _require(_all(np.isfinite(self.arrival)), "arrival: must be finite")
         _require(_all(np.isfinite(self.weight) & (self.weight > 0)), "weight: must be above 0")
         if self.fair_shares is not None:

@@ -24,14 +24,19 @@ class Budgets:
     Attributes:
         unlocked: int64[B, A], released so far; as in `Round`.
         available: int64[B, A], of that, what nobody holds; may be negative.
+        soon: int64[B, A], what will be released within the foresight; `unlocked` without one.
     """
 
-    def __init__(self, workload: Workload, unlock: Unlock) -> None:
+    def __init__(
+        self, workload: Workload, unlock: Unlock, *, foresight: float = 0.0, end: float = 0.0
+    ) -> None:
         capacity = workload.capacity
         self._workload, self._unlock = workload, unlock
         at_once = workload.is_cap | (unlock.fair_shares is None and unlock.lifetime is None)
         self.unlocked: Ints = np.where(at_once[:, None], capacity, np.minimum(capacity, 0))
         self.available: Ints = self.unlocked.copy()
+        self._foresight, self._end = foresight, end
+        self.soon: Ints = self.unlocked.copy() if foresight > 0 else self.unlocked
         self._arrivals = np.zeros(len(capacity), dtype=np.int64)
         if unlock.fair_shares is not None:
             self._arrivals[at_once] = unlock.fair_shares
@@ -39,6 +44,13 @@ class Budgets:
         locked = np.flatnonzero(~at_once) if unlock.lifetime is not None else _NOTHING
         self._locked: list[int] = locked[np.argsort(workload.opened[locked])].tolist()
         self._released: dict[int, Fraction] = {}
+
+    @property
+    def ahead(self) -> Ints:
+        """int64[B, A]: of `soon`, what nobody holds."""
+        if self._foresight == 0:
+            return self.available
+        return self.available + (self.soon - self.unlocked)
 
     def spent(self, rows: Ints) -> Ints:
         """int64[n, A]: what is held of some rows, saturated."""
@@ -85,13 +97,20 @@ class Budgets:
             if self._workload.opened[row] > now:
                 break
             released = self._fraction(row, now)
+            capacity = self._workload.capacity[row]
+            if self._foresight > 0:
+                later = max(now, min(now + self._foresight, self._end))
+                soon = unlocking.unlocked(capacity, self._fraction(row, later))
+                if (soon > self.soon[row]).any():
+                    self.soon[row] = soon
+                    gained.append(row)
             if released > self._released.get(row, 0):
                 self._released[row] = released
-                capacity = self._workload.capacity[row]
                 unlocked = unlocking.unlocked(capacity, released)
                 self.available[row] += unlocked - self.unlocked[row]
                 self.unlocked[row] = unlocked
-                gained.append(row)
+                if self._foresight == 0:
+                    gained.append(row)
             if released == 1:
                 self._locked.remove(row)
         return np.array(gained, dtype=np.int64)

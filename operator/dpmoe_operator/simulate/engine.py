@@ -3,7 +3,8 @@
 A round holds the tasks that wait and what every block has unlocked and not yet granted, as the
 operator's does. What keeps millions of them cheap:
 
-- Tasks that don't fit before a round can't be granted in it, and are left out of it.
+- Tasks that don't fit before a round can't be granted in it, and are left out of it. With
+  foresight, those that won't fit soon either.
 - A task that fits alone is granted: no policy refuses what fits when it has granted the rest.
 - The orders of FCFS, DPF and greedy area don't depend on who else waits. Such a policy is asked
   once, about all tasks, and then rounds are filled in that order.
@@ -94,20 +95,23 @@ def play(
         ValueError: `fairness` is not in [0, 1].
     """
     begin = time.perf_counter()
-    budgets, waiting = Budgets(workload, rules.unlock), Waiting(workload)
-    if policy.name in FIXED_ORDER and fairness == 0:
+    rounds_at = list(_rounds(workload.arrival, rules))
+    end = rounds_at[-1][0] if rounds_at else 0.0
+    budgets = Budgets(workload, rules.unlock, foresight=rules.foresight, end=end)
+    waiting, looks_ahead = Waiting(workload), rules.foresight > 0
+    if policy.name in FIXED_ORDER and fairness == 0 and not looks_ahead:
         pick = _in_fixed_order(workload, policy)
     else:
-        pick = _Asking(workload, policy, rules.unlock.fair_shares, fairness)
+        pick = _Asking(workload, policy, rules, fairness)
     decided = time.perf_counter() - begin
     granted_at = np.full(workload.tasks, np.nan)
     hurried = bool(np.isfinite(workload.timeout).any())
     job, served = workload.whole.job_of_task, np.zeros(workload.jobs, dtype=bool)
     everyone, lingering = np.arange(workload.tasks), np.zeros(0, dtype=np.int64)
     arrived, rounds = 0, 0
-    for now, seen in _rounds(workload.arrival, rules):
+    for now, seen in rounds_at:
         gained = budgets.release(now, arrived, seen)
-        woken = waiting.wake(gained, budgets.available)
+        woken = waiting.wake(gained, budgets.ahead)
         candidates = everyone[arrived:seen]
         if len(woken) or len(lingering):
             candidates = np.concatenate((lingering, woken, candidates))
@@ -116,16 +120,17 @@ def play(
         if hurried:
             waited = now - workload.arrival[candidates]
             candidates = candidates[waited <= workload.timeout[candidates]]
-        lingering = ready = waiting.settle(candidates, budgets.available)
+        lingering = ready = waiting.settle(candidates, budgets.ahead)
         if len(ready):
             asked = time.perf_counter()
-            chosen = ready if len(ready) == 1 else pick(ready, budgets)
+            alone = len(ready) == 1 and not looks_ahead
+            chosen = ready if alone else pick(ready, budgets)
             decided += time.perf_counter() - asked
             budgets.spend(chosen)
             granted_at[chosen] = now
             served[job[chosen]] = True
             refused = ready[~served[job[ready]]]
-            lingering = waiting.settle(refused, budgets.available)
+            lingering = waiting.settle(refused, budgets.ahead)
         arrived, rounds = seen, rounds + 1
         if progress is not None:
             progress(arrived, workload.tasks)
@@ -177,11 +182,9 @@ class _Asking:
     order.
     """
 
-    def __init__(
-        self, workload: Workload, policy: Policy, fair_shares: int | None, fairness: float
-    ) -> None:
+    def __init__(self, workload: Workload, policy: Policy, rules: Rules, fairness: float) -> None:
         self._workload, self._policy = workload, policy
-        self._fair_shares, self._fairness = fair_shares, fairness
+        self._rules, self._fairness = rules, fairness
         self._price = np.full(len(workload.capacity), np.nan)
         self._pick = np.zeros(len(workload.capacity), dtype=np.int64)
 
@@ -208,8 +211,8 @@ class _Asking:
     def _round(self, tasks: Ints, rows: Ints, indices: Ints, budgets: Budgets) -> Round:
         w = self._workload
         shares = None
-        if self._fair_shares is not None:
-            shares = np.full(len(rows), self._fair_shares, dtype=np.int64)
+        if self._rules.unlock.fair_shares is not None:
+            shares = np.full(len(rows), self._rules.unlock.fair_shares, dtype=np.int64)
         return Round(
             orders=w.orders,
             demand=w.demand[tasks],
@@ -224,4 +227,5 @@ class _Asking:
             priority=w.priority[tasks],
             fair_shares=shares,
             group=None if w.group is None else w.group[tasks],
+            soon=budgets.soon[rows] if self._rules.foresight > 0 else None,
         )

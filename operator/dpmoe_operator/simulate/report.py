@@ -28,7 +28,12 @@ def to_object(
             "blocks": workload.blocks,
             "orders": workload.orders.tolist(),
         },
-        "rules": {"unlock": str(rules.unlock), "period": rules.period, "until": rules.until},
+        "rules": {
+            "unlock": str(rules.unlock),
+            "period": rules.period,
+            "until": rules.until,
+            "foresight": rules.foresight,
+        },
         "results": [
             {**summary.to_object(), "granted_at": _times(one), **_points(one)}
             for one, summary in zip(played, summaries, strict=True)

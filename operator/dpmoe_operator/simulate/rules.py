@@ -81,6 +81,8 @@ class Rules:
             arrival, as PrivateKube's simulator does.
         until: When the last round happens at the latest. None for the first round that sees the
             last task. Later rounds matter where budget unlocks by time.
+        foresight: How many seconds ahead unlocks by time are counted on, up to the last round; see
+            `scheduling.policies`.
 
     Raises:
         ValueError: A number is out of range.
@@ -89,6 +91,7 @@ class Rules:
     unlock: Unlock = Unlock()
     period: float | None = None
     until: float | None = None
+    foresight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.period is not None and not 0 < self.period < math.inf:
@@ -97,3 +100,7 @@ class Rules:
             )
         if self.until is not None and not 0 <= self.until < math.inf:
             raise ValueError(f"until: {self.until} must be finite and at least 0.")
+        if not 0 <= self.foresight < math.inf:
+            raise ValueError(f"foresight: {self.foresight} must be finite and at least 0.")
+        if self.foresight > 0 and self.unlock.lifetime is None:
+            raise ValueError(f"foresight: {self.foresight} needs budget that unlocks by time.")

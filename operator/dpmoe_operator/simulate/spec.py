@@ -113,10 +113,11 @@ class RulesSpec(ApiModel):
     unlock: str = "immediate"
     period: Interval | None = None
     until: Seconds | None = None
+    foresight: Seconds = 0.0
 
     def rules(self) -> Rules:
         """The checked rules."""
-        return Rules(Unlock.parse(self.unlock), self.period, self.until)
+        return Rules(Unlock.parse(self.unlock), self.period, self.until, self.foresight)
 
 
 class ArrivalsSpec(ApiModel):

@@ -148,6 +148,8 @@ def plan(asked: Object, blocks: list[Object]) -> Planned:
 
 def test_a_point_waits_for_blocks_only_while_no_other_has_them() -> None:
     assert {len(point.plan.blocks) for point in plan(job(**BOTH), two()[:1]).points} == {1}
+    retired = [two()[0], block("b", retired=True)]
+    assert {len(point.plan.blocks) for point in plan(job(**BOTH), retired).points} == {1}
     with pytest.raises(Refusal) as refused:
         plan(job(**BOTH), two()[1:])
     assert refused.value.reason is Reason.BLOCK_NOT_FOUND

@@ -109,7 +109,7 @@ def plan_job(
     """Plan and price a job, an elastic one at each of its points.
 
     A point that lacks blocks is left out as long as another has them: it wants more blocks than
-    there are yet. Any other fault of a point is one of the job.
+    there are yet, or still are. Any other fault of a point is one of the job.
 
     Args:
         job: the job.
@@ -128,7 +128,7 @@ def plan_job(
         try:
             point = _plan_point(job, spec, utility, standings, settings, granted)
         except Refusal as refusal:
-            if refusal.reason is not Reason.BLOCK_NOT_FOUND:
+            if refusal.reason not in (Reason.BLOCK_NOT_FOUND, Reason.BLOCK_RETIRED):
                 raise
             lacking = lacking or refusal
         else:

@@ -82,13 +82,16 @@ def only_sample(index):
         yield
 
 
-def check_bound(model, batch, clipping_norm, tolerance=1e-5):
+def check_bound(model, batch, clipping_norm, sum_of=clipped_sum, tolerance=1e-5):
     """Leaving a sample out changes the sum, at each parameter and in all, by C at most."""
-    whole, _ = clipped_sum(model, batch, clipping_norm)
+    whole, _ = sum_of(model, batch, clipping_norm)
     samples = len(batch["labels"])
     for index in range(samples):
         others = [other for other in range(samples) if other != index]
-        without, _ = clipped_sum(model, rows(batch, others), clipping_norm)
+        without, _ = sum_of(model, rows(batch, others), clipping_norm)
+        for name, total in whole.items():
+            moved = difference({name: total}, {name: without[name]})
+            assert moved <= clipping_norm * (1 + tolerance), f"bound at {name}"
         assert difference(whole, without) <= clipping_norm * (1 + tolerance), "bound"
 
 

@@ -24,6 +24,9 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from dpmoe_trainer.contract import OptimizerName, OptimizerPlan
 from dpmoe_trainer.dp import NotPerSample, check_model, clipped_sum, engine, losses, noise, uses
+from dpmoe_trainer.dp.balancing import ReleasedLoad
+from dpmoe_trainer.dp.clipping import Groups, PerGroup
+from dpmoe_trainer.dp.routes import LoadQuery
 from dpmoe_trainer.dp.rules.experts import ExpertWeights
 from dpmoe_trainer.dp.tape import Tape
 from dpmoe_trainer.methods import dp_sgd
@@ -52,6 +55,27 @@ def bound():
     # Every token is alike, so that their gradients add up rather than cancel.
     batch = crowd_of(make_batch(model, 1, 8), 3)
     check_bound(model, batch, 0.1 * median_norm(model, batch))
+
+
+def group_bound():
+    def in_groups(model, batch, clipping_norm):
+        return clipped_sum(model, batch, clipping_norm, clipping=PerGroup())
+
+    model = build("dpmoe-bert")
+    batch = crowd_of(make_batch(model, 1, 8), 3)
+    check_bound(model, batch, 0.01 * median_norm(model, batch), in_groups)
+
+
+def joint_bound():
+    """Of gradients and the loads that are released with them."""
+
+    def with_loads(model, batch, clipping_norm):
+        asked = ReleasedLoad(model, clipping_norm, 4.0, 0.1, through="loss", load_share=0.3)
+        return clipped_sum(model, batch, asked.gradient_norm, loads=asked.loads)
+
+    model = build("olmoe-lm")
+    batch = crowd_of(make_batch(model, 1, 6), 3)
+    check_bound(model, batch, 0.1 * median_norm(model, batch), with_loads)
 
 
 def exactness_of_ties():
@@ -206,10 +230,37 @@ def capacity_over_the_batch(patch):
     patch.setattr(SwitchTransformersTop1Router, "forward", forward)
 
 
+def a_whole_threshold_for_each_group(patch):
+    patch.setattr(Groups, "thresholds", lambda self, bound: [bound] * len(self.shares))
+
+
+def loads_on_top_of_the_gradient(patch):
+    """The gradient clipped to all of C, with loads besides."""
+    whole = ReleasedLoad.__init__
+
+    def unshared(self, model, clipping_norm, *rest, **named):
+        whole(self, model, clipping_norm, *rest, **named)
+        self.gradient_norm = clipping_norm
+
+    patch.setattr(ReleasedLoad, "__init__", unshared)
+
+
+def loads_of_layers_that_share_no_bound(patch):
+    """Each layer's load with all of the norm."""
+
+    def scale(self):
+        return self.norm / max(self.bounds.values())
+
+    patch.setattr(LoadQuery, "scale", property(scale))
+
+
 MUTANTS = [
     (batch_normalised_loss, isolation, "isolation"),
     (batch_normalised_loss, exactness, "norms"),
     (per_token_clipping, bound, "bound"),
+    (a_whole_threshold_for_each_group, group_bound, "bound"),
+    (loads_on_top_of_the_gradient, joint_bound, "bound"),
+    (loads_of_layers_that_share_no_bound, joint_bound, "bound"),
     (noise_on_hit_experts_only, noise_everywhere, "noise at unhit experts"),
     (double_noise, noise_everywhere, "noise at"),
     (stale_norms, exactness, "norms"),

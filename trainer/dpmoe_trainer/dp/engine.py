@@ -137,7 +137,7 @@ def _clip(
     with evaluating(model), own_parts(model, tape), routes.on(tape), tape.guarding():
         with refusing_changed_buffers(model), torch.enable_grad(), watching(tape, RULES):
             losses = _losses(model, batch)
-        _require_all_used(tape)
+        _require_all_used(model, tape)
         # The backward pass follows the types of the forward pass. Under the caller's autocast it
         # would round anew, and otherwise where a checkpointed layer's is run again.
         with torch.autocast(tape.device.type, enabled=False):
@@ -233,10 +233,21 @@ def _losses(model: nn.Module, batch: Batch) -> Tensor:
     return per_sample_losses(model, model(**inputs).logits, batch["labels"])
 
 
-def _require_all_used(tape: Tape) -> None:
-    unused = tape.unclaimed()
+def _require_all_used(model: nn.Module, tape: Tape) -> None:
+    unused = [name for name in tape.unclaimed() if not _is_untied(model, name)]
     if unused:
         raise UncoveredParameter(
             f"trained parameter {unused[0]!r} is not used in the model's forward pass (in all "
             f"{len(unused)} are not): freeze it"
         )
+
+
+def _is_untied(model: nn.Module, name: str) -> bool:
+    """Whether the model keeps this table only to tie others to it, and they are not tied.
+
+    Such a table of a model with encoder and decoder is part of it, but of none of its outputs: its
+    gradient is zero.
+    """
+    ties = getattr(model, "_tied_weights_keys", None)
+    sources = set(ties.values()) if isinstance(ties, dict) else set()
+    return name in sources and not model.config.tie_word_embeddings

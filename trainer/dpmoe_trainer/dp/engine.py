@@ -250,4 +250,4 @@ def _is_untied(model: nn.Module, name: str) -> bool:
     """
     ties = getattr(model, "_tied_weights_keys", None)
     sources = set(ties.values()) if isinstance(ties, dict) else set()
-    return name in sources and not model.config.tie_word_embeddings
+    return name in sources and not getattr(model.config, "tie_word_embeddings", True)

@@ -421,15 +421,24 @@ def _trace(bench: Bench, path: Path, seed: int, horizons: Sequence[int]) -> None
             peer=(baseline.upper_bound or 0.0) / baseline.weight,
             peer_name="what no policy exceeds, knowing all tasks in advance",
         )
-        flexible = bench.play(elastic(by_count, PARTS), _ours(), ARTIFACT, seed)
+        by_points = elastic(by_count, PARTS)
+        flexible = bench.play(by_points, _ours(), ARTIFACT, seed)
         out.add(
             "utility granted by dual, elastic jobs",
             flexible["dual"].weight,
             "utility",
             better="higher",
-            target=count["dual"].weight,
             peer=count["dual"].weight,
             peer_name="dual, the same jobs inelastic",
+        )
+        out.add(
+            "utility granted by dual, 30 days ahead, elastic jobs",
+            bench.look_ahead(by_points, ARTIFACT, seed),
+            "utility",
+            better="higher",
+            target=counted_ahead,
+            peer=counted_ahead,
+            peer_name="dual, 30 days ahead, the same jobs inelastic",
         )
 
 

@@ -3,7 +3,9 @@
 The rest of the spec states the job at its best, of utility 1. Here are the points below it, along
 one axis or both; the utility of a combination is the product. One point alone is the lower end of a
 range: two more are tried between it and the whole, whose utilities lie on the line between. The
-scheduler grants one point, calibrates the run to it, and pins it in the ledger.
+scheduler grants one point, calibrates the run to it, and pins it in the ledger. Where blocks unlock
+by time, an operator without foresight grants whatever point the unlocked part allows when the job
+comes; with foresight it waits for a better one if budget is coming.
 """
 
 from collections.abc import Sequence

@@ -45,6 +45,11 @@ def test_one_point_is_the_lower_end_of_a_range() -> None:
     ]
 
 
+def test_points_between_are_rounded_to_millionths() -> None:
+    spec = read({"epsilon": [{"epsilon": "1", "utility": "0.3"}]})
+    assert points_of(spec)[1:3] == [("5.666667", 3, "0.766667"), ("3.333333", 3, "0.533333")]
+
+
 def test_several_points_are_all_there_are() -> None:
     epsilon = [{"epsilon": "2", "utility": "0.7"}, {"epsilon": "4", "utility": "0.9"}]
     assert points_of(read({"epsilon": epsilon})) == [
@@ -80,9 +85,9 @@ def test_blocks_of_a_selector() -> None:
 def test_the_example_means_eight_points() -> None:
     spec = parse(DPMoEJobSpec, yaml.safe_load(EXAMPLE.read_text())["spec"])
     points = points_of(spec)
-    assert {epsilon for epsilon, _, _ in points} == {"2", "3.333333", "4.666667", "6"}
-    assert points[0] == ("6", 2, "1")
-    assert points[-1] == ("2", 1, "0.42")
+    assert {epsilon for epsilon, _, _ in points} == {"3", "5", "7", "9"}
+    assert points[0] == ("9", 2, "1")
+    assert points[-1] == ("3", 1, "0.42")
     assert len(points) == 8
 
 

@@ -60,8 +60,8 @@ def test_elastic_job_is_granted_at_one_point_and_pays_for_that(world: World) -> 
     world.apply(job("elastic", **asked, blocks=both))
     status = world.until_state("elastic", "Completed", "Failed")
     assert status["state"] == "Completed", status
-    assert (status["epsilon"], status["utility"], status["blocks"]) == ("6", "0.7", ["notes"])
-    assert status["epsilonSpent"] == "6"
+    assert (status["epsilon"], status["utility"], status["blocks"]) == ("9", "0.7", ["notes"])
+    assert status["epsilonSpent"] == "9"
     [granted] = [g for g in world.records("granted") if g["job"]["name"] == "elastic"]
     assert (granted["utility"], len(granted["charges"])) == ("0.7", 1)
     wide = world.stack.kubectl("get", "dpj", "elastic", "-n", "team-a", "-o", "wide")

@@ -22,6 +22,7 @@ from dpmoe_operator.control.planning import Planner
 from dpmoe_operator.scheduling.policies import POLICIES
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
+EXTRA = DEMO.parent / "extra"
 
 
 def stored(manifest: Object) -> Object:
@@ -45,7 +46,7 @@ def test_the_story_holds(name: str) -> None:
     blocks, jobs = manifests("PrivateBlock"), manifests("DPMoEJob")
     ledger, planner = with_accounts(*blocks), Planner(settings)
     granted, reasons = set(), {}
-    for _ in range(3):
+    for _ in range(2):
         decision = decide(snapshot(blocks, jobs, ledger=ledger), settings, planner)
         records = decision.allocation.granted
         granted |= {record.job.name for record in records}
@@ -57,3 +58,7 @@ def test_the_story_holds(name: str) -> None:
         "sentiment-greedy": "WaitingForUnlock",
         "sentiment-denied": "BlockNotShared",
     }
+    elastic = stored(yaml.safe_load((EXTRA / "elastic-job.yaml").read_text()))
+    decision = decide(snapshot(blocks, [*jobs, elastic], ledger=ledger), settings, planner)
+    [record] = decision.allocation.granted
+    assert (record.job.name, record.epsilon, len(record.charges)) == ("sentiment-elastic", "7", 2)

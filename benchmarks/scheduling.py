@@ -12,11 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -25,19 +23,17 @@ if not __package__:
     # Run as a script: Python has put this folder first, where the package is not to be found.
     sys.path[0] = str(Path(__file__).parents[1])
 
-from benchmarks.common import ROOT, Json, Quick, Recorder, Seed, note, report
-from benchmarks.scheduling_report import Detail, write_markdown
-from dpmoe_operator.scheduling import dpack, optimal
-from dpmoe_operator.scheduling.outcome import Ranking
-from dpmoe_operator.scheduling.policies import POLICIES, Policy
-from dpmoe_operator.simulate.elastic import Part, elastic
+from benchmarks.common import ROOT, Json, Quick, Seed, note, report
+from benchmarks.scheduling_play import OFFLINE, PARTS, PATIENT, STATIC_DPACK, Bench, ours
+from benchmarks.scheduling_report import write_markdown
+from benchmarks.scheduling_trace import measure_trace
+from dpmoe_operator.scheduling.policies import POLICIES
+from dpmoe_operator.simulate.elastic import elastic
 from dpmoe_operator.simulate.engine import play
 from dpmoe_operator.simulate.generators.dpack import blocks_knob, both_knobs
 from dpmoe_operator.simulate.generators.large import large
 from dpmoe_operator.simulate.generators.privatekube import multi_block
 from dpmoe_operator.simulate.rules import Rules, Unlock
-from dpmoe_operator.simulate.summary import Summary, summarise, upper_bound
-from dpmoe_operator.simulate.trace import TraceOptions, Weights, read_trace
 from dpmoe_operator.simulate.workload import Workload
 
 PACKAGES = ("highspy", "numba", "numpy")
@@ -47,20 +43,6 @@ PRIVATEKUBE = "its own simulator, one seed, CPython 3.11"
 PRIVATEKUBE_BASIC = {"granted": 2356, "fcfs": 1146, "seconds": 1.4}
 PRIVATEKUBE_RENYI = {"granted": 53_439, "seconds": 103.0}
 
-FAIR_SHARES = 50
-"""N of the fair share that the traces' fairness column is about."""
-
-FORESIGHT = 30.0
-"""How far ahead unlocks are counted on: as long as a block's budget takes to unlock."""
-
-FAIRNESS = (0.25, 0.5, 0.75, 1.0)
-"""Shares of the budget that go in DPF's order, to see what efficiency that costs."""
-
-OFFLINE = Rules()
-ARTIFACT = Rules(Unlock(lifetime=30.0, steps=1000), period=10.0)
-"""By which DPack's artifact plays Alibaba-DP, in days."""
-
-_WEIGHTS: tuple[Weights, Weights] = ("count", "size")
 
 Trace = Annotated[
     Path,
@@ -75,71 +57,6 @@ Markdown = Annotated[
 
 RESULTS = ROOT / "docs" / "results" / "scheduling.md"
 SURROGATE = ROOT.parent / "shared" / "data" / "alibaba-dp-surrogate" / "tasks.csv.gz"
-
-PARTS = (Part.parse("0.5:0.8"), Part.parse("0.25:0.6"))
-"""What an elastic task would also take: half its demand for 0.8 of its worth, a quarter for 0.6."""
-
-
-def _artifact_dpack(name: str, period: int | None) -> Policy:
-    """DPack as its artifact does it: tied orders, task counts, anew after every `period` grants."""
-
-    def rank(round: Any, _prices: Any) -> Ranking:
-        order = dpack.order(round, published_ties=True, counting=True, period=period)
-        return Ranking(order)
-
-    return Policy(name, rank)
-
-
-STATIC_DPACK = _artifact_dpack("DPack's artifact", None)
-"""As the offline experiments set it."""
-ONLINE_DPACK = _artifact_dpack("DPack's artifact, anew every 50 grants", 50)
-"""As the online experiments set it."""
-
-
-PATIENT = Policy("optimal", partial(optimal.rank, seconds=60.0))
-"""The optimum, with time to prove it."""
-
-
-class Bench:
-    """Plays workloads and keeps what becomes of them.
-
-    Attributes:
-        out: rows with targets.
-        details: all policies on all workloads.
-    """
-
-    def __init__(self) -> None:
-        self.out = Recorder()
-        self.details: list[Detail] = []
-
-    def play(
-        self, workload: Workload, policies: Sequence[Policy], rules: Rules, seed: int
-    ) -> dict[str, Summary]:
-        """Play one workload by the same rules through several policies; summaries by their name."""
-        played = [play(workload, policy, rules) for policy in policies]
-        bound = upper_bound(played[0])
-        summaries = [summarise(one, upper_bound=bound, fair_shares=FAIR_SHARES) for one in played]
-        self.details += [
-            Detail(workload.name, seed, str(rules.unlock), summary) for summary in summaries
-        ]
-        return {summary.policy: summary for summary in summaries}
-
-    def look_ahead(self, workload: Workload, rules: Rules, seed: int) -> float:
-        """Play one workload through `dual` with foresight; the weight that it grants."""
-        played = play(workload, POLICIES["dual"], replace(rules, foresight=FORESIGHT))
-        summary = summarise(played, fair_shares=FAIR_SHARES)
-        named = replace(summary, policy=f"dual, {FORESIGHT:g} days ahead")
-        self.details.append(Detail(workload.name, seed, str(rules.unlock), named))
-        return summary.weight
-
-    def trade(self, workload: Workload, rules: Rules, seed: int) -> None:
-        """Play one workload through `dual` with several shares reserved for DPF's order."""
-        for share in FAIRNESS:
-            played = play(workload, POLICIES["dual"], rules, fairness=share)
-            summary = replace(
-                summarise(played, fair_shares=FAIR_SHARES), policy=f"dual, fairness {share:g}"
-            )
-            self.details.append(Detail(workload.name, seed, str(rules.unlock), summary))
 
 
 def main(
@@ -164,7 +81,7 @@ def main(
     if not trace.exists():
         note(f"trace: skipped, {trace} is not there; name one with --trace")
     else:
-        _trace(bench, trace, seed, (30,) if quick else (30, 60, 90, 120, 180))
+        measure_trace(bench, trace, seed, (30,) if quick else (30, 60, 90, 120, 180))
     rows = bench.out.rows
     if json_file is None and not quick:
         json_file = RESULTS.with_suffix(".json")
@@ -269,7 +186,7 @@ def _knobs(bench: Bench, seeds: Sequence[int]) -> None:
     )
     for name, make, target in cases:
         out = bench.out.at(name)
-        played = [bench.play(make(seed), [*_ours(), STATIC_DPACK], OFFLINE, seed) for seed in seeds]
+        played = [bench.play(make(seed), [*ours(), STATIC_DPACK], OFFLINE, seed) for seed in seeds]
         dual = statistics.mean(one["dual"].granted for one in played)
         bound = statistics.mean(one["dual"].upper_bound or 0.0 for one in played)
         out.add(
@@ -300,7 +217,7 @@ def _elastic(bench: Bench, seeds: Sequence[int]) -> None:
         rigid, played = [], []
         for seed in seeds:
             rigid.append(play(make(seed), POLICIES["dual"], OFFLINE))
-            played.append(bench.play(elastic(make(seed), PARTS), _ours(), OFFLINE, seed))
+            played.append(bench.play(elastic(make(seed), PARTS), ours(), OFFLINE, seed))
         won = statistics.mean(one["dual"].weight for one in played)
         inelastic = statistics.mean(float(one.granted.sum()) for one in rigid)
         out.add(
@@ -369,85 +286,6 @@ def _large(bench: Bench, seed: int, tasks: int, blocks: int) -> None:
         peer=peer["granted"],
         **names,
     )
-
-
-def _trace(bench: Bench, path: Path, seed: int, horizons: Sequence[int]) -> None:
-    """The grid of DPack's artifact on Alibaba-DP."""
-    policies = [*_ours(), STATIC_DPACK, ONLINE_DPACK]
-    for horizon in horizons:
-        out = bench.out.at(f"{path.parent.name}, {horizon} days")
-        by_count, by_size = (_read(path, horizon, weights, seed) for weights in _WEIGHTS)
-        count = bench.play(by_count, policies, ARTIFACT, seed)
-        counted_ahead = bench.look_ahead(by_count, ARTIFACT, seed)
-        if horizon == horizons[0]:
-            bench.trade(by_count, ARTIFACT, seed)
-        size = bench.play(by_size, policies, ARTIFACT, seed)
-        weighed_ahead = bench.look_ahead(by_size, ARTIFACT, seed)
-        published = count[ONLINE_DPACK.name].granted
-        out.add(
-            "tasks granted by dual",
-            count["dual"].granted,
-            "tasks",
-            better="higher",
-            target=published,
-            peer=published,
-            peer_name=ONLINE_DPACK.name,
-        )
-        out.add(
-            "tasks granted by dual, 30 days ahead",
-            counted_ahead,
-            "tasks",
-            better="higher",
-            target=published,
-            peer=count["dual"].weight,
-            peer_name="dual without foresight",
-        )
-        baseline = size[ONLINE_DPACK.name]
-        out.add(
-            "size-proportional weight of dual over the artifact's",
-            size["dual"].weight / baseline.weight,
-            "×",
-            better="higher",
-            target=1.14,
-            peer=(baseline.upper_bound or 0.0) / baseline.weight,
-            peer_name="what no policy exceeds, knowing all tasks in advance",
-        )
-        out.add(
-            "size-proportional weight of dual, 30 days ahead, over the artifact's",
-            weighed_ahead / baseline.weight,
-            "×",
-            better="higher",
-            target=1.14,
-            peer=(baseline.upper_bound or 0.0) / baseline.weight,
-            peer_name="what no policy exceeds, knowing all tasks in advance",
-        )
-        by_points = elastic(by_count, PARTS)
-        flexible = bench.play(by_points, _ours(), ARTIFACT, seed)
-        out.add(
-            "utility granted by dual, elastic jobs",
-            flexible["dual"].weight,
-            "utility",
-            better="higher",
-            peer=count["dual"].weight,
-            peer_name="dual, the same jobs inelastic",
-        )
-        out.add(
-            "utility granted by dual, 30 days ahead, elastic jobs",
-            bench.look_ahead(by_points, ARTIFACT, seed),
-            "utility",
-            better="higher",
-            target=counted_ahead,
-            peer=counted_ahead,
-            peer_name="dual, 30 days ahead, the same jobs inelastic",
-        )
-
-
-def _read(path: Path, horizon: int, weights: Weights, seed: int) -> Workload:
-    return read_trace(path, TraceOptions(horizon=horizon, weights=weights, seed=seed))
-
-
-def _ours() -> list[Policy]:
-    return [POLICIES[name] for name in ("fcfs", "dpf", "area", "dpack", "dual")]
 
 
 def _granted(workload: Workload, name: str, rules: Rules) -> int:

@@ -1,8 +1,10 @@
 """DPMoEJob: what a team may ask for, and in which words the rest is refused."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.builders import ABSENT, job_spec
 
 from dpmoe_operator.api.base import SpecError, parse
@@ -276,6 +278,15 @@ def test_refuses(overrides: dict[str, Any], field: str, value: str, remedy: str)
     message = str(refused.value)
     assert value in message
     assert remedy in message
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "extra"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*-job.yaml")), ids=lambda path: path.stem)
+def test_examples_are_what_they_say(path: Path) -> None:
+    for manifest in yaml.safe_load_all(path.read_text()):
+        assert parse(DPMoEJobSpec, manifest["spec"]).blocks.namespace == "reviews"
 
 
 FORBIDDEN = ["command", "args", "env", "envFrom", "volumes", "sidecars", "podTemplate", "overrides"]

@@ -270,7 +270,7 @@ class Routes:
         mean_BE = self._mean(layer, _probabilities(layer.router, wide(scores_NE)))
         public = self._balancing.shares
         f = shares_BE if public is None else public[name]
-        each_B = layer.experts * (f.to(mean_BE.dtype) * mean_BE).sum(1)
+        each_B = layer.experts * (f.to(mean_BE) * mean_BE).sum(1)
         return self._balancing.strength / len(self._layers) * each_B
 
 

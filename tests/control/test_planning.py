@@ -220,7 +220,7 @@ def test_plan_pins_clipping_and_balancing_with_their_defaults() -> None:
     assert pinned(2)[0].gamma == 0.1
     clipping, balancing = pinned(3)
     assert (clipping.mode, clipping.groups) == ("per-group", ())
-    assert (balancing.through, balancing.strength, balancing.load_share) == ("bias", 0.02, 0.02)
+    assert (balancing.through, balancing.strength, balancing.load_share) == ("bias", 0.05, 0.02)
     clipping, balancing = pinned(4)
     assert [each.weight for each in clipping.groups] == [3, 1]
     assert clipping.groups[0].parameters == ("*.experts.*",)

@@ -10,7 +10,7 @@ from dpmoe_trainer.contract import BalancingPlan, ClippingGroup, ClippingPlan, L
 GAMMA = "0.01"
 """γ of automatic clipping, as its authors recommend for all tasks."""
 
-BIAS_STRENGTH, LOSS_STRENGTH = "0.02", "0.01"
+BIAS_STRENGTH, LOSS_STRENGTH = "0.05", "0.01"
 """How far a step moves a bias at most; the factor of a balancing loss."""
 
 LOAD_SHARE = "0.02"

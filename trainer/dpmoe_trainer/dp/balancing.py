@@ -29,9 +29,6 @@ Through = Literal["bias", "loss"]
 LOAD_SHARE = 0.02
 """ρ: gradients lose one percent of their clipping norm to the loads."""
 
-MEMORY = 0.9
-"""How much of the last estimate of the loads is kept where they make a loss."""
-
 _BIASES = ("selection_bias", "e_score_correction_bias")
 """What routers call the bias of their choice: ours, and DeepSeek-V3's and its kin's."""
 
@@ -113,7 +110,8 @@ class ReleasedLoad(Balancing):
         """Removes the loads from `released`.
 
         Through a bias: b_e -= strength·clamp(E·d_e, ±1), where d_e is what expert e got above an
-        even share. Through a loss: f_e is 1/E plus the running mean of d_e.
+        even share. Through a loss: f_e of the next step is 1/E + d_e. A mean over past steps would
+        have less noise, but lags behind what the optimiser does, and has the loads swing.
         """
         assert self.loads is not None, "a released load is asked for"
         for name, experts in self.loads.experts.items():
@@ -124,8 +122,7 @@ class ReleasedLoad(Balancing):
                 bias = self._biases[name]
                 bias -= self._strength * (experts * deviation).clamp(-1, 1).to(bias)
             else:
-                before = self._deviations.get(name, torch.zeros_like(deviation))
-                self._deviations[name] = MEMORY * before + (1 - MEMORY) * deviation
+                self._deviations[name] = deviation
         if self._biases is None:
             self._aim_loss()
 

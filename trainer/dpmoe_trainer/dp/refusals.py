@@ -34,7 +34,8 @@ def refuse_coupled(model: nn.Module) -> None:
     if getattr(config, "output_router_logits", False):
         raise NotPerSample(
             "config.output_router_logits is True, which adds a balancing loss over the whole "
-            "batch: set it to False"
+            "batch: set it to False, and balance by each sample's own loss or by released loads "
+            "(training.balancing)"
         )
     _refuse_batch_routing(config)
     family = getattr(config, "model_type", None)

@@ -163,7 +163,10 @@ class Envtest:
     def _answers(self, path: str) -> bool:
         if not self.ca_file.exists():
             return False
-        context = ssl.create_default_context(cafile=str(self.ca_file))
+        try:
+            context = ssl.create_default_context(cafile=str(self.ca_file))
+        except ssl.SSLError:
+            return False  # The server is still writing it.
         host = self.url.removeprefix("https://")
         connection = http.client.HTTPSConnection(host, timeout=5, context=context)
         try:

@@ -38,8 +38,8 @@ _NOTES = """
 - *weight by size*: thousandths of ε times blocks, the profit that the authors' generator calls
   `ksize`.
 - *elastic*: every task would also take half its demand for 0.8 of its weight, or a quarter for 0.6.
-  Where budget unlocks bit by bit, only foresight makes that a gain: without it, tasks settle for the
-  little that is there when they come.
+  Where budget unlocks bit by bit, only foresight makes that a gain: without it, tasks settle for
+  the little that is there when they come.
 - *dual, 30 days ahead*: with foresight, budget is kept for tasks that are worth more and fit once
   more is unlocked, up to the last round.
 - *dual, fairness f*: the part f of the budget goes in DPF's order first.

@@ -22,7 +22,7 @@ if not __package__:
     # Run as a script: Python has put this folder first, where the package is not to be found.
     sys.path[0] = str(Path(__file__).parents[1])
 
-from benchmarks.common import Json, Quick, Recorder, Seed, note, report
+from benchmarks.common import ROOT, Json, Quick, Recorder, Seed, note, report
 from benchmarks.trainer_memory import peak_bytes
 from benchmarks.trainer_models import (
     Place,
@@ -44,6 +44,7 @@ from dpmoe_trainer.dp.stream import add_normal
 from dpmoe_trainer.machine import keep_freed_memory
 
 PACKAGES = ("torch", "transformers", "opacus")
+RESULTS = ROOT / "docs" / "results" / "trainer.md"
 MIB = 2**20
 PLAIN = "plain transformers step"
 
@@ -68,7 +69,7 @@ TINY = Shape(8, 32, 64, 128, 4, 2, 2)
 Threads = Annotated[int | None, typer.Option(help="Threads; all cores by default.")]
 Turns = Annotated[int, typer.Option(help="How often each way is timed.")]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="In float32, or bfloat16 on a GPU.")]
-Markdown = Annotated[Path | None, typer.Option(help="Write the tables to this file, too.")]
+Markdown = Annotated[Path | None, typer.Option(help="Write the page to this file.")]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def main(
     threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
-    """Measure the trainer's step."""
+    """Measure the trainer's step; at full size, its page and file of results are written anew."""
     load = os.getloadavg()[0]
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
@@ -145,6 +146,8 @@ def main(
     _peers(base, place, max(2, turns // 2), out.at(str(base)))
     _noise(device, turns, out.at("noise"))
 
+    if not quick:
+        markdown, json_file = markdown or RESULTS, json_file or RESULTS.with_suffix(".json")
     versions = {"kernels": "none" if kernels.library() is None else "compiled"}
     versions["threads"] = str(threads)
     report(

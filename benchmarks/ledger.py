@@ -22,11 +22,22 @@ if not __package__:
     sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.cluster import World, api_server, kubernetes_version, world
-from benchmarks.common import Json, Quick, Recorder, Seed, note, report, resident_bytes, seconds
+from benchmarks.common import (
+    ROOT,
+    Json,
+    Quick,
+    Recorder,
+    Seed,
+    note,
+    report,
+    resident_bytes,
+    seconds,
+)
 from benchmarks.history import History, write_history
 from benchmarks.parts import measure_parts
 from benchmarks.process import measure_process
 from benchmarks.sizes import FULL, MIB, QUICK, Sizes
+from benchmarks.table import write_page
 from dpmoe_operator.kube.operator import spare_the_collector
 from dpmoe_operator.kube.resources import LEDGER_ENTRIES
 from dpmoe_operator.ledger.anchor import Anchor
@@ -34,6 +45,8 @@ from dpmoe_operator.ledger.fold import LedgerState, checkpoints_in, fold
 from dpmoe_operator.local.stack import Api
 
 PACKAGES = ("aiohttp", "dp-accounting", "kopf", "kubernetes", "numpy", "pydantic")
+
+RESULTS = ROOT / "docs" / "results" / "ledger.md"
 
 Object = dict[str, Any]
 Choice = Literal["both", "embedded", "envtest", "none"]
@@ -55,7 +68,7 @@ def main(
         typer.Option(help="API server; envtest is the real one, none is none."),
     ] = "both",
 ) -> None:
-    """Measure the operator and its ledger."""
+    """Measure the operator and its ledger; at full size, its page of results is written anew."""
     sizes, load = QUICK if quick else FULL, os.getloadavg()[0]
     spare_the_collector()  # As the operator does: nothing here should differ from its process.
     out = Recorder()
@@ -68,6 +81,8 @@ def main(
     note("history")
     with tempfile.TemporaryDirectory(prefix="dpmoe-benchmark-") as folder:
         asyncio.run(_history(Path(folder), sizes, seed, out.at("history")))
+    if not quick:
+        json_file = json_file or RESULTS.with_suffix(".json")
     report(
         out.rows,
         packages=PACKAGES,
@@ -77,6 +92,9 @@ def main(
         load=load,
         path=json_file,
     )
+    if not quick and json_file is not None:
+        command = "python benchmarks/ledger.py"
+        write_page(RESULTS, "Ledger and operator", command, json.loads(json_file.read_text()))
 
 
 async def _history(folder: Path, sizes: Sizes, seed: int, out: Recorder) -> None:

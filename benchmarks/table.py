@@ -12,7 +12,28 @@ from benchmarks.common import Row, figure
 def main(file: Annotated[Path, typer.Argument(help="What a benchmark wrote with --json.")]) -> None:
     """Print a result file as a Markdown table, with where its figures come from."""
     result = json.loads(file.read_text())
-    print("\n".join([*_origin(result), "", *_table([Row(**row) for row in result["rows"]])]))
+    print("\n".join(_lines(result)))
+
+
+def write_page(path: Path, title: str, command: str, result: dict[str, Any]) -> None:
+    """Write a result as a page of the documentation.
+
+    Args:
+        path: where.
+        title: of the page.
+        command: that writes it.
+        result: what a benchmark wrote with --json.
+    """
+    head = [
+        f"# {title}",
+        "",
+        f"Written by `{command}`; `benchmarks/README.md` says what rows mean.",
+    ]
+    path.write_text("\n".join([*head, "", *_lines(result), ""]))
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    return [*_origin(result), "", *_table([Row(**row) for row in result["rows"]])]
 
 
 def _origin(result: dict[str, Any]) -> list[str]:

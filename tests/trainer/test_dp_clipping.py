@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from tests.trainer.families import (
+    DECODER,
     FAMILIES,
     LABELS,
     TOLERANCE,
@@ -25,6 +26,7 @@ from tests.trainer.oracle import (
     size,
 )
 from torch import nn
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from dpmoe_trainer.dp import check_model, clipped_sum
 from dpmoe_trainer.models import DPMoEBertForSequenceClassification, select_trainable
@@ -307,3 +309,33 @@ def test_a_clipping_norm_that_bounds_nothing_is_refused(clipping_norm):
     model = build("dpmoe-bert")
     with pytest.raises(ValueError, match="clipping_norm"):
         clipped_sum(model, make_batch(model, 2, 4), clipping_norm)
+
+
+def test_a_switch_transformer_may_write_a_single_token():
+    # The pairs of its positions, [1, 1], then look like one position of every sample.
+    model = build("switch")
+    batch = make_batch(model, 4, 6)
+    batch["labels"] = batch["labels"][:, :1]
+    check_exact(model, batch, median_norm(model, batch), 1e-10)
+
+
+def test_a_single_token_has_a_position():
+    model = build("dpmoe-bert")
+    batch = {
+        key: value[:, :1] if value.dim() == 2 else value
+        for key, value in make_batch(model, 4, 6).items()
+    }
+    check_exact(model, batch, median_norm(model, batch), 1e-10)
+
+
+@pytest.mark.parametrize("frozen_below", [False, True])
+def test_a_layer_whose_output_the_model_changes_in_place_is_clipped_all_the_same(frozen_below):
+    # With a bias a linear layer's output is a view, whose hooks are lost when it is changed.
+    settings = DECODER | {"num_experts": 4, "clip_qkv": 0.5, "attention_bias": True}
+    torch.manual_seed(1)
+    model = OlmoeForCausalLM(OlmoeConfig(**settings)).double()
+    model.set_experts_implementation("eager")
+    if frozen_below:
+        select_trainable(model, ["*.0.self_attn.v_proj.*", "*.1.self_attn.k_proj.*"])
+    batch = make_batch(model, 5, 6)
+    check_exact(model, batch, median_norm(model, batch), 1e-10)

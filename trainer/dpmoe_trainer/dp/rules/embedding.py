@@ -80,7 +80,8 @@ def embedding(
 
     Ids of shape [1, T], as models give for positions, hold for every sample: they are repeated, so
     that the gradients arrive by sample. So do other ids that are not the batch's, such as the
-    [T, T] of position pairs; their rows are followed until they meet the batch (`dp.shared`).
+    [T, T] of position pairs; their rows are followed until they meet the batch (`dp.shared`). A
+    single id [1, 1] may be either, and is followed.
 
     Raises:
         UncoveredParameter: The table is renormalised in the forward pass, or scaled by how often an
@@ -97,7 +98,7 @@ def embedding(
     assert value is not None, "a trained parameter has a value"
     if padding_idx is not None and padding_idx < 0:
         padding_idx += value.shape[0]
-    if input.dim() == 2 and input.shape[0] == 1:
+    if input.dim() == 2 and input.shape[0] == 1 and input.shape[1] > 1:
         input = input.expand(tape.batch, -1)
 
     def look_up(ids: Tensor) -> Tensor:

@@ -339,3 +339,18 @@ def test_a_layer_whose_output_the_model_changes_in_place_is_clipped_all_the_same
         select_trainable(model, ["*.0.self_attn.v_proj.*", "*.1.self_attn.k_proj.*"])
     batch = make_batch(model, 5, 6)
     check_exact(model, batch, median_norm(model, batch), 1e-10)
+
+
+def test_a_classifier_that_knows_no_padding_gets_one_sample_at_a_time():
+    # It takes a row's last token, and refuses more rows than one.
+    model = build("mixtral-classifier")
+    batch = make_batch(model, 5, 6)
+    model.config.pad_token_id = None
+    check_exact(model, batch, median_norm(model, batch), 1e-10)
+
+
+def test_classes_may_stand_in_a_column():
+    model = build("qwen3-classifier")
+    batch = make_batch(model, 5, 6)
+    batch["labels"] = batch["labels"][:, None]
+    check_exact(model, batch, median_norm(model, batch), 1e-10)

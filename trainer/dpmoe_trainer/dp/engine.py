@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from dpmoe_trainer.dp.clipping import FLAT, Clipping, clip_factors
 from dpmoe_trainer.dp.errors import AmbiguousBatch, NotPerSample, UncoveredParameter
@@ -114,6 +115,8 @@ def measure(model: nn.Module, batch: Batch, options: Options) -> Measured:
             zeros |= options.loads.zeros(device)
         none = torch.zeros(0, dtype=torch.float64, device=device)
         return Measured(zeros, none, none)
+    if samples > 1 and _takes_one_sample(model):
+        return _in_halves(model, batch, options)
     try:
         measured = _clip(model, trained, batch, options)
     except AmbiguousBatch:
@@ -153,7 +156,7 @@ def _clip(
 
 
 def _in_halves(model: nn.Module, batch: Batch, options: Options) -> Measured:
-    """The same by two smaller batches, which cannot be as many samples as tokens for ever."""
+    """The same by two smaller batches, down to single samples if need be."""
     samples, _ = _size(batch)
     half = samples // 2
     first = measure(model, {key: value[:half] for key, value in batch.items()}, options)
@@ -164,6 +167,15 @@ def _in_halves(model: nn.Module, batch: Batch, options: Options) -> Measured:
         torch.cat([first.norms, second.norms]),
         torch.cat([first.losses, second.losses]),
     )
+
+
+def _takes_one_sample(model: nn.Module) -> bool:
+    """Whether the model classifies by a row's last token, and is not told what padding is.
+
+    transformers then refuses batches of more than one sample.
+    """
+    by_last_token = any(isinstance(m, GenericForSequenceClassification) for m in model.modules())
+    return by_last_token and model.config.get_text_config().pad_token_id is None  # type: ignore[operator, union-attr]
 
 
 @torch.no_grad()

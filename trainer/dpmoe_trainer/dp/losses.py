@@ -23,7 +23,7 @@ def per_sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tenso
     Args:
         model: A transformers model, whose class says which loss it has.
         logits: What it returned for the batch.
-        labels: [B] classes, or [B, T] tokens with -100 where none counts.
+        labels: [B] or [B, 1] classes, or [B, T] tokens with -100 where none counts.
 
     Returns:
         [B] losses: the cross entropy of the class, or the mean cross entropy of the sample's own
@@ -53,7 +53,7 @@ def _classification(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
             f"config.problem_type is {problem!r} with {logits.shape[-1]} labels: only single-label "
             "classification with two or more labels is supported"
         )
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    return F.cross_entropy(logits, labels.view(-1), ignore_index=IGNORED, reduction="none")
 
 
 def _mean_over_tokens(logits: Tensor, targets: Tensor) -> Tensor:

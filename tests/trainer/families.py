@@ -118,6 +118,7 @@ FAMILIES = {
     ),
     "deepseek-v3-lm": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**DEEPSEEK)),
     "switch": _switch,
+    "switch-lora": lambda: add_lora(_switch(), rank=2, alpha=4.0),
 }
 
 TOLERANCE = {name: 2e-7 if name.startswith("deepseek") else 1e-10 for name in FAMILIES}
@@ -134,7 +135,7 @@ def build(family: str, dtype: torch.dtype = torch.float64):
             module.config._experts_implementation = "eager"
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1 and family != "switch":
+            if parameter.dim() > 1 and not family.startswith("switch"):
                 parameter.mul_(5)
             if parameter.dim() == 1 or not parameter.any():  # An adapter's second factor is zero.
                 parameter.add_(0.1 * torch.randn_like(parameter))

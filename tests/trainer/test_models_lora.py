@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tests.trainer.families import build, make_batch
 from torch import nn
 
@@ -42,9 +43,9 @@ def test_adapters_of_nothing_are_refused(rank, attention, experts):
         add_lora(build("mixtral-lm"), rank, 4.0, attention, experts)
 
 
-@pytest.mark.parametrize("family", ["mixtral-lm", "gpt-oss-lm"])
+@pytest.mark.parametrize("family", ["mixtral-lm", "gpt-oss-lm", "switch"])
 def test_merging_gives_an_ordinary_checkpoint(family, tmp_path):
-    model = add_lora(build(family, torch.float32), rank=2, alpha=4.0)
+    model = add_lora(build(family, torch.float32), rank=2, alpha=4.0).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -60,10 +61,23 @@ def test_merging_gives_an_ordinary_checkpoint(family, tmp_path):
     assert torch.allclose(again(**batch).logits, logits, atol=1e-4)
 
 
-def test_merged_adapters_are_not_trained():
-    model = build("mixtral-lora")
+@pytest.mark.parametrize("family", ["mixtral-lora", "switch-lora"])
+def test_merged_adapters_are_not_trained(family):
+    model = build(family)
     model.merge_adapter()
     with pytest.raises(NotPerSample, match="merged"):
+        clipped_sum(model, make_batch(model, 2, 4), 1.0)
+
+
+def test_experts_of_a_layer_are_adapted_alike():
+    model = get_peft_model(build("switch"), LoraConfig(target_modules=r".*expert_0\.w[io]"))
+    with pytest.raises(NotPerSample, match="some have none"):
+        clipped_sum(model, make_batch(model, 2, 4), 1.0)
+
+
+def test_a_router_is_not_adapted():
+    model = get_peft_model(build("mixtral-lm"), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(NotPerSample, match="all-linear takes routers"):
         clipped_sum(model, make_batch(model, 2, 4), 1.0)
 
 

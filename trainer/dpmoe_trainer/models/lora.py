@@ -29,7 +29,7 @@ def add_lora(
         rank: Of each adapter, and of each expert's.
         alpha: The additions are scaled by alpha/rank.
         attention: Whether attention's linear layers get adapters.
-        experts: Whether fused expert weights do.
+        experts: Whether experts do: fused weights, or each expert's linear layers.
 
     Raises:
         ValueError: Nothing in the model is to get an adapter, or the rank is not positive.
@@ -37,11 +37,12 @@ def add_lora(
     if rank < 1:
         raise ValueError(f"the adapters' rank is {rank}: give at least 1")
     modules = _attention_layers(model) if attention else []
+    modules += _expert_layers(model) if experts else []
     parameters = _fused_weights(model) if experts else []
     if not modules and not parameters:
         raise ValueError(
             f"{type(model).__name__} has nothing to adapt (attention: {attention}, experts: "
-            f"{experts}): choose attention, or a model with fused experts"
+            f"{experts}): choose attention, or a model with experts"
         )
     heads = [name for name, _ in model.named_children() if name in _HEADS]
     return get_peft_model(
@@ -70,6 +71,14 @@ def _attention_layers(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ("attn" in name.lower() or "attention" in name.lower())
+    ]
+
+
+def _expert_layers(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "experts" in name.split(".")
     ]
 
 

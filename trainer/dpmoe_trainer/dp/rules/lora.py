@@ -1,4 +1,4 @@
-"""LoRA on fused experts, as `peft` wraps them (`target_parameters`).
+"""LoRA on experts, as `peft` wraps them: fused weights (`target_parameters`), or linear layers.
 
 peft forms W_e + s·B_e·A_e for all experts in every forward pass. The engine computes the two small
 factors on the routed rows instead, which is the same function, and clips their gradients as those
@@ -9,7 +9,7 @@ Shapes: E experts, R the rank, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,10 +61,48 @@ def adapted(experts: nn.Module, kind: str) -> list[ExpertAdapter]:
 
 def is_wrapper(module: nn.Module) -> bool:
     """Whether this is peft's wrapper of a parameter; peft itself need not be installed."""
+    return _is_of_peft(module, "ParamWrapper")
+
+
+def is_linear_wrapper(module: nn.Module) -> bool:
+    """Whether this is peft's wrapper of a layer."""
+    return _is_of_peft(module, "BaseTunerLayer")
+
+
+def _is_of_peft(module: nn.Module, name: str) -> bool:
     return any(
-        cls.__name__ == "ParamWrapper" and cls.__module__.startswith("peft.")
-        for cls in type(module).__mro__
+        cls.__name__ == name and cls.__module__.startswith("peft.") for cls in type(module).__mro__
     )
+
+
+def adapters_by_layer(layers: Sequence[Any]) -> list[tuple[list[Tensor], list[Tensor], float]]:
+    """The adapters of one linear layer of each expert: A [R, I] and B [O, R] of each, and s.
+
+    Raises:
+        NotPerSample: The experts have not the same adapters, or these are merged or no plain LoRA.
+    """
+    if not any(map(is_linear_wrapper, layers)):
+        return []
+    if not all(map(is_linear_wrapper, layers)):
+        raise NotPerSample("some experts of a layer have adapters and some have none: adapt all")
+    if any(layer.merged for layer in layers):
+        raise NotPerSample("a LoRA adapter is merged into its weights: unmerge it to train it")
+    found = []
+    for name in layers[0].active_adapters:
+        if any(layer.disable_adapters for layer in layers):
+            continue
+        if not all(name in layer.lora_A and name in layer.active_adapters for layer in layers):
+            raise NotPerSample(f"some experts of a layer lack the adapter {name!r}: adapt all")
+        if len({layer.scaling[name] for layer in layers}) > 1:
+            raise NotPerSample(f"the experts' adapters {name!r} are scaled differently: use one")
+        found.append(
+            (
+                [layer.lora_A[name].weight for layer in layers],
+                [layer.lora_B[name].weight for layer in layers],
+                float(layers[0].scaling[name]),
+            )
+        )
+    return found
 
 
 @contextmanager
@@ -78,7 +116,8 @@ def own_adapters(wrapper: Any) -> Iterator[None]:
     if not hasattr(experts, "has_post_expert_norm") or wrapper.num_experts < 2:
         raise NotPerSample(
             f"peft's target_parameters names {wrapper.parameter_name!r} of a "
-            f"{type(experts).__name__}, which is no fused experts module: use target_modules"
+            f"{type(experts).__name__}, which is no module of two fused experts or more: name "
+            "linear layers in target_modules (all-linear takes routers, too)"
         )
     if wrapper.merged:
         raise NotPerSample("a LoRA adapter is merged into its weights: unmerge it to train it")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpmoe_trainer.dp.rules.experts import ExpertWeights, product
+from dpmoe_trainer.dp.rules.lora import adapters_by_layer, is_linear_wrapper
 from dpmoe_trainer.dp.segments import Segments
 from dpmoe_trainer.dp.tape import Tape
 
@@ -44,10 +45,20 @@ def switch_forward(
     sorted_S = token_S[segments.token]
     experts = list(module.values())
     x_SD = hidden_states.index_select(0, sorted_S)
-    h_SF = experts[0].act(_linear(tape, [expert.wi.weight for expert in experts], x_SD, segments))
-    y_SD = _linear(tape, [expert.wo.weight for expert in experts], h_SF, segments)
+    h_SF = experts[0].act(_adapted(tape, [expert.wi for expert in experts], x_SD, segments))
+    y_SD = _adapted(tape, [expert.wo for expert in experts], h_SF, segments)
     y_SD = y_SD * routing_weights.index_select(0, sorted_S)
     return torch.zeros_like(hidden_states).index_add(0, sorted_S, y_SD.to(hidden_states.dtype))
+
+
+def _adapted(tape: Tape, layers: Sequence[Any], rows_SI: Tensor, segments: Segments) -> Tensor:
+    """Each expert's linear layer on its rows, with what peft added to it."""
+    base = [layer.base_layer if is_linear_wrapper(layer) else layer for layer in layers]
+    output_SO = _linear(tape, [layer.weight for layer in base], rows_SI, segments)
+    for downs, ups, scaling in adapters_by_layer(layers):
+        h_SR = _linear(tape, downs, rows_SI, segments)
+        output_SO = output_SO + scaling * _linear(tape, ups, h_SR, segments)
+    return output_SO
 
 
 def _linear(tape: Tape, weights: Sequence[Tensor], rows_SI: Tensor, segments: Segments) -> Tensor:

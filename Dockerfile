@@ -25,6 +25,9 @@ FROM source AS trainer-packages
 ARG PIP_EXTRA_INDEX_URL
 RUN python -m venv /opt/dpmoe \
     && /opt/dpmoe/bin/pip install --constraint constraints.txt '.[trainer]'
+# The compiled kernels, for every level of processor: the image itself has no compiler.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
+    && /opt/dpmoe/bin/python -m dpmoe_trainer.dp.kernels
 
 # What both images are: Python, a user without rights, and one virtual environment.
 FROM python:${PYTHON} AS runtime
@@ -42,5 +45,9 @@ ENTRYPOINT ["dpmoe"]
 CMD ["operator"]
 
 FROM runtime AS trainer
+USER root
+RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 \
+    && rm -rf /var/lib/apt/lists/*
+USER 65532:65532
 COPY --from=trainer-packages /opt/dpmoe /opt/dpmoe
 ENTRYPOINT ["python", "-m", "dpmoe_trainer"]

@@ -135,6 +135,8 @@ def test_levels_run_and_agree(
     """Kernels for lesser processors are compiled, and pass their known answers on this one."""
     monkeypatch.setattr(build, "_features", lambda: set(features.split()))
     assert build._level() == level
+    assert level in build.levels()
+    assert build.library_name() == build.library_name(level)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert kernels.library() is not None
 

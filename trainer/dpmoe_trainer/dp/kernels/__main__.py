@@ -1,5 +1,6 @@
 """Compiles the kernels beside their sources, for an image whose containers have no compiler."""
 
-from dpmoe_trainer.dp.kernels.build import SOURCES, build
+from dpmoe_trainer.dp.kernels.build import SOURCES, build, levels
 
-print(build(SOURCES))
+for level in levels():
+    print(build(SOURCES, level=level))

@@ -2,9 +2,9 @@
 
 A compiled library is named by the hash of its sources and flags, so it is found again without a
 compiler: first beside the sources, where an image may bring it (`python -m
-dpmoe_trainer.dp.kernels` compiles it there), then in the user's cache. It targets a level of the
-x86-64 instruction set that this processor has, not the very processor, so that an image's library
-runs on other machines of the same level.
+dpmoe_trainer.dp.kernels` compiles it there, for all levels), then in the user's cache. It targets a
+level of the x86-64 instruction set that this processor has, not the very processor, so that an
+image's libraries run on any machine.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _LEVELS = {
     "x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
     "x86-64-v2": {"cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"},
 }
+_LOWEST = "x86-64"
 
 
 class CannotBuild(Exception):
@@ -58,8 +59,8 @@ def find_or_build() -> Path:
     return build(cache or Path(tempfile.mkdtemp(prefix="dpmoe-kernels-")), compiler)
 
 
-def build(folder: Path, compiler: str | None = None) -> Path:
-    """Compiles the library into a folder.
+def build(folder: Path, compiler: str | None = None, level: str | None = None) -> Path:
+    """Compiles the library into a folder, for this processor's level unless another is named.
 
     Raises:
         CannotBuild: there is no compiler, or it failed.
@@ -68,11 +69,11 @@ def build(folder: Path, compiler: str | None = None) -> Path:
     # Several processes may do this at once: each writes its own file, and the last one stays.
     descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(descriptor)
-    command = [compiler, *_flags(), *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", unfinished]
+    command = [compiler, *_flags(level), *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", unfinished]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
         os.chmod(unfinished, 0o755)
-        return Path(unfinished).replace(folder / library_name())
+        return Path(unfinished).replace(folder / library_name(level))
     except subprocess.CalledProcessError as error:
         raise CannotBuild(f"{compiler} failed: {error.stderr.strip()[-500:]}") from error
     except subprocess.TimeoutExpired as error:
@@ -88,16 +89,21 @@ def _compiler() -> str:
     return found
 
 
-def library_name() -> str:
-    """The file name of the library of these sources for this kind of processor."""
-    digest = hashlib.sha256(" ".join(_flags()).encode())
+def levels() -> tuple[str | None, ...]:
+    """All levels of this machine's architecture, the processor's own or not."""
+    return (*_LEVELS, _LOWEST) if platform.machine() == "x86_64" else (None,)
+
+
+def library_name(level: str | None = None) -> str:
+    """The file name of the library of these sources, for this processor unless a level is named."""
+    digest = hashlib.sha256(" ".join(_flags(level)).encode())
     for source in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         digest.update(source.read_bytes())
     return f"kernels-{platform.machine()}-{digest.hexdigest()[:16]}.so"
 
 
-def _flags() -> tuple[str, ...]:
-    level = _level()
+def _flags(level: str | None) -> tuple[str, ...]:
+    level = level or _level()
     return (*_FLAGS, f"-march={level}") if level else _FLAGS
 
 
@@ -106,7 +112,7 @@ def _level() -> str | None:
     if platform.machine() != "x86_64":
         return None
     features = _features()
-    return next((level for level, needed in _LEVELS.items() if needed <= features), "x86-64")
+    return next((level for level, needed in _LEVELS.items() if needed <= features), _LOWEST)
 
 
 def _features() -> set[str]:

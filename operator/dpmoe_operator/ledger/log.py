@@ -24,8 +24,8 @@ ATTEMPTS = 5
 
 CHECKPOINT_ENTRIES = 2_000
 CHECKPOINT_BYTES = 8_000_000
-"""A checkpoint is due behind this many entries or bytes, and not before as many bytes as the last
-checkpoint had: what is kept before the last two of them stays a small multiple of the state."""
+"""A checkpoint is due behind this many entries or bytes, and not before half as many bytes as the
+last checkpoint had: what is kept, and what a start must read, stays a small multiple of the state."""
 
 
 class EntryExists(Exception):
@@ -175,7 +175,7 @@ class Ledger:
         Raises:
             StaleView, NoAnswer, Unverified: as `append` and `secure`; the rest is done next time.
         """
-        full = sum(self._sizes) >= max(CHECKPOINT_BYTES, self._checkpoint_size)
+        full = sum(self._sizes) >= max(CHECKPOINT_BYTES, self._checkpoint_size // 2)
         if full or len(self._sizes) >= CHECKPOINT_ENTRIES:
             contents = self.state.contents().shortened(now, live)
             for record in checkpoint_records(contents):

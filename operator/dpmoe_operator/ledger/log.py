@@ -25,7 +25,7 @@ ATTEMPTS = 5
 CHECKPOINT_ENTRIES = 2_000
 CHECKPOINT_BYTES = 8_000_000
 """A checkpoint is due behind this many entries or bytes, and not before half as many bytes as the
-last checkpoint had: what is kept, and what a start must read, stays a small multiple of the state."""
+last checkpoint had: what is kept, and what a start must read, stays in proportion to the state."""
 
 
 class EntryExists(Exception):

@@ -81,7 +81,8 @@ def main(
     note("history")
     with tempfile.TemporaryDirectory(prefix="dpmoe-benchmark-") as folder:
         asyncio.run(_history(Path(folder), sizes, seed, out.at("history")))
-    if not quick:
+    whole = api == "both" and not quick
+    if whole:
         json_file = json_file or RESULTS.with_suffix(".json")
     report(
         out.rows,
@@ -92,7 +93,7 @@ def main(
         load=load,
         path=json_file,
     )
-    if not quick and json_file is not None:
+    if whole and json_file is not None:
         command = "python benchmarks/ledger.py"
         write_page(RESULTS, "Ledger and operator", command, json.loads(json_file.read_text()))
 

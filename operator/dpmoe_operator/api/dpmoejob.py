@@ -20,7 +20,6 @@ from dpmoe_operator.api.base import (
     EpsilonString,
     ImageName,
     LabelKey,
-    Labels,
     LabelValue,
     MessageText,
     ReasonName,
@@ -29,27 +28,21 @@ from dpmoe_operator.api.base import (
     StatusModel,
     Timestamp,
     Uri,
-    decimal,
     exactly_one,
     list_set,
     positive,
     refuse_parent_steps,
 )
 from dpmoe_operator.api.elastic import Elastic, Point
+from dpmoe_operator.api.placement import Placement, Resources
 from dpmoe_operator.api.privateblock import AmountText, HuggingFaceId, Revision
+from dpmoe_operator.api.training import Clipping, Training
 
 KIND = "DPMoEJob"
 PLURAL = "dpmoejobs"
 
 MAX_BLOCKS = 256
 """So many fit into a plan, and mostly into one record of the ledger."""
-
-Quantity = Annotated[
-    str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,3})?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=16)
-]
-
-
-Task = Literal["classification", "language-modelling"]
 
 
 class BlockSelector(ApiModel):
@@ -88,47 +81,6 @@ class BlockRequest(ApiModel):
             raise SpecError(
                 "spec.blocks.pick", self.pick, "must be absent unless selector and count are set"
             )
-        return self
-
-
-class ClippingGroup(ApiModel):
-    """Parameters that are clipped together, by fnmatch patterns of their names."""
-
-    parameters: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=253)]],
-        list_set(max_length=64, min_length=1),
-        DISTINCT,
-    ]
-    weight: DecimalString = "1"
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        positive("spec.privacy.clipping.groups.weight", self.weight)
-        return self
-
-
-class Clipping(ApiModel):
-    """How each unit's gradient is brought to the clipping norm, which bounds it in every mode."""
-
-    mode: Literal["flat", "per-group", "automatic"] = "flat"
-    groups: Annotated[list[ClippingGroup], Field(max_length=64)] = []
-    gamma: DecimalString | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.groups and self.mode != "per-group":
-            raise SpecError(
-                "spec.privacy.clipping.groups",
-                f"{len(self.groups)} groups",
-                "must be absent unless mode is per-group",
-            )
-        if self.gamma is not None and self.mode != "automatic":
-            raise SpecError(
-                "spec.privacy.clipping.gamma",
-                self.gamma,
-                "must be absent unless mode is automatic",
-            )
-        positive("spec.privacy.clipping.gamma", self.gamma)
         return self
 
 
@@ -236,71 +188,6 @@ class Model(ApiModel):
         return self
 
 
-class Optimizer(ApiModel):
-    """The optimiser of the noised gradient."""
-
-    name: Literal["sgd", "adamw", "adambc"] = "adamw"
-    learning_rate: DecimalString
-    weight_decay: DecimalString = "0"
-    momentum: DecimalString = "0"
-    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        positive("spec.training.optimizer.learningRate", self.learning_rate)
-        if decimal(self.momentum) >= 1:
-            raise SpecError("spec.training.optimizer.momentum", self.momentum, "must be below 1")
-        return self
-
-
-class Balancing(ApiModel):
-    """What keeps the experts evenly used. It costs no privacy beyond the job's mechanism."""
-
-    method: Literal["none", "sequence", "released-load"] = "none"
-    strength: DecimalString | None = None
-    through: Literal["bias", "loss"] | None = None
-    load_share: DecimalString | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        place = "spec.training.balancing"
-        if self.method == "none" and self.strength is not None:
-            raise SpecError(f"{place}.strength", self.strength, "must be absent for method none")
-        if self.method != "released-load":
-            for name, value in (("through", self.through), ("loadShare", self.load_share)):
-                if value is not None:
-                    raise SpecError(
-                        f"{place}.{name}", value, "must be absent unless method is released-load"
-                    )
-        positive(f"{place}.strength", self.strength)
-        positive(f"{place}.loadShare", self.load_share)
-        if self.load_share is not None and decimal(self.load_share) >= 1:
-            raise SpecError(f"{place}.loadShare", self.load_share, "must be below 1")
-        return self
-
-
-class Training(ApiModel):
-    """The run. Exactly one of epochs and steps.
-
-    `task` says what is learnt: a text's class, which needs blocks with labels, or its next tokens.
-    """
-
-    method: Literal["dp-sgd"] = "dp-sgd"
-    task: Task = "classification"
-    logical_batch: Annotated[int, Field(ge=1, le=100_000_000)]
-    physical_batch: Annotated[int, Field(ge=1, le=4096)] = 64
-    epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    max_tokens: Annotated[int, Field(ge=4, le=8192)] = 128
-    optimizer: Optimizer
-    balancing: Balancing = Balancing()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        exactly_one("spec.training", {"epochs": self.epochs, "steps": self.steps})
-        return self
-
-
 class Parallelism(ApiModel):
     """Pods, GPUs in each, and over how many devices the experts are spread."""
 
@@ -328,82 +215,6 @@ class Output(ApiModel):
         refuse_parent_steps("spec.output.claim.path", [self.claim.path if self.claim else None])
         refuse_parent_steps("spec.output.uri", [self.uri])
         return self
-
-
-class Resources(ApiModel):
-    """CPU, memory and scratch of each pod; requests and limits alike."""
-
-    cpu: Quantity | None = None
-    memory: Quantity | None = None
-    ephemeral_storage: Quantity | None = None
-    shared_memory: Quantity = "1Gi"
-
-
-class Toleration(ApiModel):
-    """A Kubernetes toleration."""
-
-    key: LabelKey | None = None
-    operator: Literal["Exists", "Equal"] = "Equal"
-    value: LabelValue | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    toleration_seconds: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        place = "spec.placement.tolerations"
-        if self.operator == "Exists" and self.value:
-            raise SpecError(f"{place}.value", self.value, "must be absent for operator Exists")
-        if self.operator == "Equal" and not self.key:
-            raise SpecError(f"{place}.key", self.key, "must be set for operator Equal")
-        if self.toleration_seconds is not None and self.effect != "NoExecute":
-            raise SpecError(
-                f"{place}.effect", self.effect, "must be NoExecute for tolerationSeconds"
-            )
-        return self
-
-
-_VALUES = {
-    "In": (1, 64),
-    "NotIn": (1, 64),
-    "Exists": (0, 0),
-    "DoesNotExist": (0, 0),
-    "Gt": (1, 1),
-    "Lt": (1, 1),
-}
-"""How many values each operator takes."""
-
-
-class NodeRequirement(ApiModel):
-    """A Kubernetes node selector requirement."""
-
-    key: LabelKey
-    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]
-    values: Annotated[list[LabelValue], Field(max_length=64)] = []
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        least, most = _VALUES[self.operator]
-        if not least <= len(self.values) <= most:
-            raise SpecError(
-                "spec.placement.nodes.values",
-                self.values,
-                f"must be {least} to {most} values for operator {self.operator}",
-            )
-        return self
-
-
-class Placement(ApiModel):
-    """Which nodes the pods may run on. This list is closed: no other pod field can be set.
-
-    `required_nodes` and `preferred_nodes` become one node selector term each.
-    """
-
-    node_selector: Labels = {}
-    tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
-    required_nodes: Annotated[list[NodeRequirement], Field(max_length=32)] = []
-    preferred_nodes: Annotated[list[NodeRequirement], Field(max_length=32)] = []
-    priority_class_name: DnsName | None = None
-    runtime_class_name: DnsName | None = None
 
 
 class DPMoEJobSpec(ApiModel):

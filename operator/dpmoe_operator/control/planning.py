@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from dpmoe_operator.api.base import SpecError
-from dpmoe_operator.api.dpmoejob import DPMoEJobSpec, Task
+from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
 from dpmoe_operator.api.ledgerentry import (
     MAX_STEPS,
     Charge,
@@ -20,9 +20,10 @@ from dpmoe_operator.api.ledgerentry import (
 )
 from dpmoe_operator.api.privateblock import Dataset, Table
 from dpmoe_operator.api.reasons import Reason
+from dpmoe_operator.api.training import Task
 from dpmoe_operator.control.access import Refusal, check_access, choose_blocks
 from dpmoe_operator.control.accounts import Standing
-from dpmoe_operator.control.recipe import balancing_plan, clipping_plan, lora_plan
+from dpmoe_operator.control.recipe import clipping_plan, model_plan, training_settings
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.views import JobView
 from dpmoe_operator.launch import paths
@@ -35,17 +36,12 @@ from dpmoe_trainer.contract import (
     DataPlan,
     EvaluationPlan,
     JobReference,
-    ModelPlan,
-    OptimizerName,
-    OptimizerPlan,
     OutputPlan,
     ParallelPlan,
     PartitionPlan,
     PrivacyPlan,
     TrainingPlan,
-    TrainingSettings,
     UnitPlan,
-    UpcyclePlan,
 )
 
 MAX_EPSILON = Decimal(1000)
@@ -359,8 +355,8 @@ def _plan(job: JobView, spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> Train
         job=JobReference(namespace=job.meta.namespace, name=job.meta.name, uid=job.meta.uid),
         blocks=tuple(_block_plan(standing, spec.training.task) for standing in chosen),
         privacy=_privacy_plan(spec, chosen),
-        model=_model_plan(spec, chosen[0].spec.dataset),
-        training=_training_settings(spec),
+        model=model_plan(spec, chosen[0].spec.dataset),
+        training=training_settings(spec),
         parallel=ParallelPlan(
             workers=spec.parallelism.workers, expert_parallel=spec.parallelism.expert_parallel
         ),
@@ -469,40 +465,3 @@ def _calibrated(spec: DPMoEJobSpec, rate: float, steps: int) -> tuple[float, flo
             f" steps it costs epsilon {epsilon:.4g}; state one of the two",
         )
     return epsilon, noise
-
-
-def _model_plan(spec: DPMoEJobSpec, dataset: Dataset) -> ModelPlan:
-    model = spec.model
-    return ModelPlan(
-        path=paths.model(model),
-        hugging_face=model.hugging_face.id if model.hugging_face else None,
-        revision=model.hugging_face.revision if model.hugging_face else None,
-        upcycle=UpcyclePlan(
-            experts=model.upcycle.experts,
-            top_k=model.upcycle.top_k,
-            layers=tuple(model.upcycle.layers),
-        )
-        if model.upcycle
-        else None,
-        labels=dataset.labels if spec.training.task == "classification" else None,
-        trainable=tuple(model.trainable),
-        lora=lora_plan(spec),
-    )
-
-
-def _training_settings(spec: DPMoEJobSpec) -> TrainingSettings:
-    training = spec.training
-    optimizer = training.optimizer
-    return TrainingSettings(
-        method=training.method,
-        optimizer=OptimizerPlan(
-            name=OptimizerName(optimizer.name),
-            learning_rate=float(optimizer.learning_rate),
-            weight_decay=float(optimizer.weight_decay),
-            momentum=float(optimizer.momentum),
-            warmup_steps=optimizer.warmup_steps,
-        ),
-        max_tokens=training.max_tokens,
-        physical_batch=training.physical_batch,
-        balancing=balancing_plan(spec),
-    )

@@ -5,7 +5,19 @@ norm C (docs/design/balancing.md).
 """
 
 from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
-from dpmoe_trainer.contract import BalancingPlan, ClippingGroup, ClippingPlan, LoraPlan
+from dpmoe_operator.api.privateblock import Dataset
+from dpmoe_operator.launch import paths
+from dpmoe_trainer.contract import (
+    BalancingPlan,
+    ClippingGroup,
+    ClippingPlan,
+    LoraPlan,
+    ModelPlan,
+    OptimizerName,
+    OptimizerPlan,
+    TrainingSettings,
+    UpcyclePlan,
+)
 
 GAMMA = "0.01"
 """γ of automatic clipping, as its authors recommend for all tasks."""
@@ -57,4 +69,43 @@ def lora_plan(spec: DPMoEJobSpec) -> LoraPlan | None:
         alpha=float(lora.alpha) if lora.alpha is not None else 2.0 * lora.rank,
         attention="attention" in lora.on,
         experts="experts" in lora.on,
+    )
+
+
+def model_plan(spec: DPMoEJobSpec, dataset: Dataset) -> ModelPlan:
+    """The model, how it is made, and what of it is trained."""
+    model = spec.model
+    return ModelPlan(
+        path=paths.model(model),
+        hugging_face=model.hugging_face.id if model.hugging_face else None,
+        revision=model.hugging_face.revision if model.hugging_face else None,
+        upcycle=UpcyclePlan(
+            experts=model.upcycle.experts,
+            top_k=model.upcycle.top_k,
+            layers=tuple(model.upcycle.layers),
+        )
+        if model.upcycle
+        else None,
+        labels=dataset.labels if spec.training.task == "classification" else None,
+        trainable=tuple(model.trainable),
+        lora=lora_plan(spec),
+    )
+
+
+def training_settings(spec: DPMoEJobSpec) -> TrainingSettings:
+    """What shapes the run and costs no privacy."""
+    training = spec.training
+    optimizer = training.optimizer
+    return TrainingSettings(
+        method=training.method,
+        optimizer=OptimizerPlan(
+            name=OptimizerName(optimizer.name),
+            learning_rate=float(optimizer.learning_rate),
+            weight_decay=float(optimizer.weight_decay),
+            momentum=float(optimizer.momentum),
+            warmup_steps=optimizer.warmup_steps,
+        ),
+        max_tokens=training.max_tokens,
+        physical_batch=training.physical_batch,
+        balancing=balancing_plan(spec),
     )

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpmoe_operator.api.dpmoejob import DPMoEJobSpec, NodeRequirement
+from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
+from dpmoe_operator.api.placement import NodeRequirement
 from dpmoe_operator.api.privateblock import Table
 from dpmoe_operator.launch import paths
 from dpmoe_trainer.contract import PROGRESS_PORT, Environment, JobReference

@@ -35,6 +35,9 @@ ENV PATH=/opt/dpmoe/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONSAFEPATH=1
+# The trainer's compiled kernels run on several threads by it.
+RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 65532 --user-group --no-create-home --home-dir /nonexistent \
         --shell /usr/sbin/nologin dpmoe
 USER 65532:65532
@@ -45,9 +48,5 @@ ENTRYPOINT ["dpmoe"]
 CMD ["operator"]
 
 FROM runtime AS trainer
-USER root
-RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 \
-    && rm -rf /var/lib/apt/lists/*
-USER 65532:65532
 COPY --from=trainer-packages /opt/dpmoe /opt/dpmoe
 ENTRYPOINT ["python", "-m", "dpmoe_trainer"]

@@ -61,6 +61,8 @@ def demo(tmp_path: Path, examples: Path) -> Iterator[subprocess.Popen[str]]:
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
+            # A shell that runs the tests in the background has Ctrl-C ignored by all below it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         yield process
         if process.poll() is None:

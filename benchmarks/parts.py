@@ -37,7 +37,7 @@ from dpmoe_operator.ledger.anchor import Anchor
 from dpmoe_operator.ledger.entry import in_entries
 from dpmoe_operator.ledger.log import Ledger, format_time
 from dpmoe_operator.local.stack import NAMESPACE, TRAINER_IMAGE, Stack
-from dpmoe_operator.scheduling.policies import warm_up
+from dpmoe_operator.scheduling.policies import policy
 
 TURNS = 3
 
@@ -63,7 +63,7 @@ async def _round(client: KubeClient, folder: Path, sizes: Sizes, out: Recorder) 
     )
     ledger = await _own_ledger(client, folder, "round")
     title = f"round of {sizes.waiting} jobs over {sizes.blocks} blocks"
-    warm_up(settings.policy)  # As the operator does when it starts.
+    policy(settings.policy).warm_up()  # As the operator does when it starts.
 
     def snapshot() -> Snapshot:
         return picture.snapshot(ledger.state, datetime.now(UTC))

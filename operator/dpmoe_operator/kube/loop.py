@@ -28,7 +28,7 @@ from dpmoe_operator.launch.manifests import JOB_UID
 from dpmoe_operator.ledger.account import Grant
 from dpmoe_operator.ledger.entry import Unverified, in_entries
 from dpmoe_operator.ledger.log import Ledger, NoAnswer, StaleView, format_time
-from dpmoe_operator.scheduling.policies import warm_up
+from dpmoe_operator.scheduling.policies import policy
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class RoundLoop:
     async def run(self) -> None:
         """Run rounds for ever: at once when something changed, else every `round_seconds`."""
         fresh = False
-        await asyncio.to_thread(warm_up, self._settings.policy)
+        await asyncio.to_thread(policy(self._settings.policy).warm_up)
         while True:
             if not self._leadership.held:
                 fresh = False

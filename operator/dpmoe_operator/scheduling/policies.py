@@ -82,6 +82,25 @@ class Policy:
             prices=ranking.prices,
         )
 
+    def warm_up(self) -> None:
+        """Load or compile what the policy needs, so that the first jobs do not wait for it."""
+        one, two = np.ones((1, 1), np.int64), np.array([0, 1], np.int64)
+        only = Round(
+            orders=np.array([2.0]),
+            demand=one,
+            indptr=two,
+            indices=two[:1],
+            capacity=one,
+            consumed=0 * one,
+            reserved=0 * one,
+            unlocked=one,
+            arrival=np.zeros(1),
+            weight=np.ones(1),
+            priority=two[:1],
+        )
+        self.grant(only)
+        self.grant(replace(only, group=two[:1]))
+
     def order(self, round: Round) -> Ints:
         """int64[T]: all tasks of a round, the most deserving first."""
         return self.grant(round).order
@@ -138,27 +157,3 @@ def policy(name: str) -> Policy:
             f"policy: {name!r} is unknown; choose one of {', '.join(sorted(POLICIES))}."
         )
     return POLICIES[name]
-
-
-def warm_up(name: str) -> None:
-    """Load or compile what a policy needs, so that the first jobs do not wait for it.
-
-    Raises:
-        ValueError: There is no such policy.
-    """
-    one, two = np.ones((1, 1), np.int64), np.array([0, 1], np.int64)
-    only = Round(
-        orders=np.array([2.0]),
-        demand=one,
-        indptr=two,
-        indices=two[:1],
-        capacity=one,
-        consumed=0 * one,
-        reserved=0 * one,
-        unlocked=one,
-        arrival=np.zeros(1),
-        weight=np.ones(1),
-        priority=two[:1],
-    )
-    policy(name).grant(only)
-    policy(name).grant(replace(only, group=two[:1]))

@@ -94,6 +94,7 @@ def play(
     Raises:
         ValueError: `fairness` is not in [0, 1].
     """
+    policy.warm_up()
     begin = time.perf_counter()
     rounds_at = list(_rounds(workload.arrival, rules))
     end = rounds_at[-1][0] if rounds_at else 0.0

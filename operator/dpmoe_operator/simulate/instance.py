@@ -84,6 +84,7 @@ def solve(round: Round, policy: Policy) -> dict[str, Any]:
 
     `upper_bound` is on the weight of any set of tasks that fits; None if the policy has none.
     """
+    policy.warm_up()
     begin = time.perf_counter()
     outcome = policy.grant(round)
     seconds = time.perf_counter() - begin

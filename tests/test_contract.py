@@ -186,7 +186,7 @@ def test_reports_say_nothing_that_a_plan_did_not_allow() -> None:
     """Every field of a report, so that a new one is a decision: no loss, no sample, no key."""
     assert set(TrainingReport.model_fields) == {
         *("version", "job", "plan_digest", "outcome", "mechanism", "epsilon", "evaluation"),
-        *("output", "message"),
+        *("output", "attempts", "message"),
     }
     assert set(Progress.model_fields) == {
         *("step", "steps", "epsilon", "steps_per_second", "phase")
@@ -203,6 +203,10 @@ def test_exit_codes_are_fixed() -> None:
         "BUDGET_EXHAUSTED": 5,
         "BAD_DATA": 6,
         "BAD_MODEL": 7,
+        "JOURNAL_LOST": 8,
+        "BAD_CHECKPOINT": 9,
+        "PEER_LOST": 10,
+        "HUNG": 11,
         "STOPPED": 143,
     }
 

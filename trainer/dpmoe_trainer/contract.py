@@ -28,7 +28,11 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ExitCode(IntEnum):
-    """How the trainer's process ends; the operator never retries the codes from 3 to 7."""
+    """How the trainer's process ends; the operator never retries the codes from 3 to 9.
+
+    Of the others, `PEER_LOST` is the end of a rank whose collective failed since another rank was
+    gone, and `HUNG` that of a rank that made no progress for as long as the plan allows.
+    """
 
     COMPLETED = 0
     CRASHED = 1
@@ -37,6 +41,10 @@ class ExitCode(IntEnum):
     BUDGET_EXHAUSTED = 5
     BAD_DATA = 6
     BAD_MODEL = 7
+    JOURNAL_LOST = 8
+    BAD_CHECKPOINT = 9
+    PEER_LOST = 10
+    HUNG = 11
     STOPPED = 143
 
 
@@ -303,10 +311,52 @@ class EvaluationPlan(Contract):
 
 
 class ParallelPlan(Contract):
-    """Static world size: the sampling plan depends on it staying what it is."""
+    """The processes of a run and how they share it; static, since a lost one is a lost run.
+
+    The world has `workers` × `processes` ranks. Each computes samples of its own; `expert_parallel`
+    ranks in a row hold all experts of a layer between them, and the world is a multiple of that.
+
+    Attributes:
+        workers: pods.
+        processes: ranks of each pod, one a GPU.
+        expert_parallel: ranks that share the experts.
+        shard_dense: whether also what is no expert is sharded over the ranks (FSDP).
+        timeout_seconds: a rank that makes no progress for so long is taken for lost.
+    """
 
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
     expert_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+    shard_dense: bool = False
+    timeout_seconds: Annotated[int, Field(ge=5, le=86_400)] = 600
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.workers * self.processes
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.world % self.expert_parallel:
+            raise ValueError(
+                f"expertParallel must divide the {self.world} ranks (workers × processes), "
+                f"{self.expert_parallel} does not"
+            )
+        return self
+
+
+class CheckpointPlan(Contract):
+    """Where the run keeps what it needs to go on after a restart: a folder of its own.
+
+    The folder holds the run's secret key, so it lies beside the data, and is removed at the end.
+
+    Attributes:
+        path: the folder, on a volume that all ranks share.
+        every_steps: steps between two checkpoints.
+    """
+
+    path: PathString
+    every_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 10
 
 
 class OutputPlan(Contract):
@@ -332,8 +382,16 @@ class TrainingPlan(Contract):
     model: ModelPlan
     training: TrainingSettings
     parallel: ParallelPlan = ParallelPlan()
+    checkpoint: CheckpointPlan | None = None
     evaluation: EvaluationPlan | None = None
     output: OutputPlan | None = None
+
+    def run_digest(self) -> str:
+        """Names the run whatever its ranks: what a checkpoint must have been made by.
+
+        The same run may go on with other ranks, so `parallel` is left out.
+        """
+        return self.model_copy(update={"parallel": ParallelPlan()}).digest()
 
     @model_validator(mode="after")
     def _labelled(self) -> Self:
@@ -380,7 +438,8 @@ class TrainingReport(Contract):
     """What the trainer did. A claim: the operator settles by what it proves, not by what it says.
 
     `message` is for people and holds no private value: error texts of the trainer name fields and
-    files, never content.
+    files, never content. `attempts` are the uids of the pods that ever ran rank 0 of the run, by
+    the journal on its checkpoint volume: the steps of all of them are counted.
     """
 
     version: Literal[1] = 1
@@ -391,6 +450,7 @@ class TrainingReport(Contract):
     epsilon: Annotated[float, Field(ge=0)]
     evaluation: Evaluation | None = None
     output: PathString | None = None
+    attempts: Annotated[tuple[Name, ...], Field(max_length=64)] = ()
     message: Annotated[str, Field(max_length=1024)] = ""
 
 
@@ -420,3 +480,7 @@ class Environment(StrEnum):
     PLAN = "DPMOE_PLAN"
     TERMINATION_LOG = "DPMOE_TERMINATION_LOG"
     PROGRESS_PORT = "DPMOE_PROGRESS_PORT"
+    POD_UID = "DPMOE_POD_UID"
+    """Of the pod that the process runs in; unset outside Kubernetes."""
+    FAILURES = "DPMOE_FAILURES"
+    """How many pods of this index failed before this one, by Kubernetes' own count."""

@@ -37,6 +37,10 @@ class BadModel(Refusal):
     code = ExitCode.BAD_MODEL
 
 
+class PeerLost(Exception):
+    """Another rank is gone or silent: this one cannot go on either, and all are to start again."""
+
+
 class StopRequested(Exception):
     """The run was asked to stop, and did so between two steps."""
 

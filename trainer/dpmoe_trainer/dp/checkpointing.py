@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpmoe_trainer.dp.rules import RULES
 from dpmoe_trainer.dp.tape import Kept, Tape
-from dpmoe_trainer.dp.uses import Clippable, Use, add_sums
+from dpmoe_trainer.dp.uses import ClipFactors, Clippable, Use, add_sums
 from dpmoe_trainer.dp.watch import watching
 
 
@@ -117,12 +117,12 @@ class Recomputed(Clippable):
         self._tape.fired.append(self)
         return self._again(self._tape.add_norms)
 
-    def clipped(self, factors_BG: Tensor) -> dict[str, Tensor]:
+    def clipped(self, factors: ClipFactors) -> dict[str, Tensor]:
         """The sums of all uses in the layer."""
         total: dict[str, Tensor] = {}
 
         def receive(use: Use) -> None:
-            add_sums(total, use.clipped(factors_BG))
+            add_sums(total, use.clipped(factors))
 
         self._again(receive)
         return total

@@ -32,8 +32,11 @@ from dpmoe_trainer.dp.routes import BalancingLoss, LoadQuery, Routes
 from dpmoe_trainer.dp.rules import RULES
 from dpmoe_trainer.dp.seams import evaluating, own_parts
 from dpmoe_trainer.dp.tape import Tape
-from dpmoe_trainer.dp.uses import add_sums, wide
+from dpmoe_trainer.dp.uses import ClipFactors, add_sums, wide
 from dpmoe_trainer.dp.watch import watching
+from dpmoe_trainer.parallel.company import Company
+from dpmoe_trainer.parallel.shards import Shard, model_shard
+from dpmoe_trainer.parallel.stand_in import needs_stand_in, with_stand_in
 
 _INPUTS = ("input_ids", "hidden_states")
 """Where a batch carries its tokens: as ids, or as a frozen lower part's outputs."""
@@ -109,12 +112,11 @@ def measure(model: nn.Module, batch: Batch, options: Options) -> Measured:
     refuse_coupled(model)
     samples, device = _size(batch)
     trained = _trained(model)
-    if samples == 0:
-        zeros = {name: _zeros(parameter) for name, parameter in trained.items()}
-        if options.loads is not None:
-            zeros |= options.loads.zeros(device)
-        none = torch.zeros(0, dtype=torch.float64, device=device)
-        return Measured(zeros, none, none)
+    shard = model_shard(model)
+    if samples == 0 and shard is None:
+        return _nothing(trained, options, device)
+    if shard is not None:
+        return _clip_together(model, trained, batch, options, shard)
     if samples > 1 and _takes_one_sample(model):
         return _in_halves(model, batch, options)
     try:
@@ -129,13 +131,66 @@ def measure(model: nn.Module, batch: Batch, options: Options) -> Measured:
     return Measured(rest.sums, norms, measured.losses)
 
 
-def _clip(
-    model: nn.Module, trained: dict[str, nn.Parameter], batch: Batch, options: Options
+def _nothing(trained: dict[str, nn.Parameter], options: Options, device: torch.device) -> Measured:
+    zeros = {name: _zeros(parameter) for name, parameter in trained.items()}
+    if options.loads is not None:
+        zeros |= options.loads.zeros(device)
+    none = torch.zeros(0, dtype=torch.float64, device=device)
+    return Measured(zeros, none, none)
+
+
+def _clip_together(
+    model: nn.Module,
+    trained: dict[str, nn.Parameter],
+    batch: Batch,
+    options: Options,
+    shard: Shard,
 ) -> Measured:
-    """The sums and norms of a batch; no sums if a norm is not finite."""
+    """`measure` where ranks share the experts: all of them come here together.
+
+    What they decide on the way (whether there is anything to compute, or a sample to leave out)
+    depends on what all of them know, so they go the same way.
+    """
+    if _takes_one_sample(model):
+        raise NotPerSample(
+            "the model classifies by a row's last token and has no padding token, so it takes one "
+            "row at a time: set pad_token_id in its configuration, or expertParallel to 1"
+        )
+    rows, device = _size(batch)
+    stand_in = needs_stand_in(batch)
+    company = Company.of(rows + stand_in, stand_in, shard.place, shard.group, device)
+    real = company.real(device)
+    if not real.any():
+        return _nothing(trained, options, device)
+    measured = _clip(model, trained, with_stand_in(batch, stand_in), options, company)
+    finite = measured.norms.isfinite()
+    if not finite[~real].all() and finite[real].all():
+        raise NotPerSample(
+            "the model's gradient at a row of zeros is not finite: check its weights"
+        )
+    own, losses = measured.norms[company.own][:rows], measured.losses[:rows]
+    if finite.all():
+        return Measured(measured.sums, own, losses)
+    kept = own.isfinite()
+    rest = measure(model, {key: value[kept] for key, value in batch.items()}, options)
+    norms = torch.full_like(own, torch.inf).masked_scatter(kept, rest.norms)
+    return Measured(rest.sums, norms, losses)
+
+
+def _clip(
+    model: nn.Module,
+    trained: dict[str, nn.Parameter],
+    batch: Batch,
+    options: Options,
+    company: Company | None = None,
+) -> Measured:
+    """The sums and norms of a batch; no sums if a norm is not finite.
+
+    In company, the norms are those of all its rows.
+    """
     batch = _with_decoder_inputs(model, batch)
     groups = options.clipping.groups(trained)
-    tape = Tape(trained, list(batch.values()), groups)
+    tape = Tape(trained, list(batch.values()), groups, company)
     routes = Routes.of(model, batch, options.loads, options.balancing)
     with evaluating(model), own_parts(model, tape), routes.on(tape), tape.guarding():
         with refusing_changed_buffers(model), torch.enable_grad(), watching(tape, RULES):
@@ -151,8 +206,13 @@ def _clip(
             if not norms.isfinite().all():
                 return Measured({}, norms, losses)
             factors_BG = clip_factors(norms_BG, options.clipping_norm, options.clipping, groups)
-            sums = _book_kept(trained, tape, factors_BG)
-    return Measured(sums | routes.sums(), norms, losses)
+            own = slice(None)
+            real = torch.ones(len(norms), dtype=torch.bool, device=tape.device)
+            if company is not None:
+                own, real = company.own, company.real(tape.device)
+                factors_BG[~real] = 0
+            sums = _book_kept(trained, tape, ClipFactors(factors_BG[own], factors_BG))
+    return Measured(sums | routes.sums(real[own]), norms, losses)
 
 
 def _in_halves(model: nn.Module, batch: Batch, options: Options) -> Measured:
@@ -180,12 +240,12 @@ def _takes_one_sample(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _book_kept(
-    trained: dict[str, nn.Parameter], tape: Tape, factors_BG: Tensor
+    trained: dict[str, nn.Parameter], tape: Tape, factors: ClipFactors
 ) -> dict[str, Tensor]:
     """Forms each weight gradient once, dropping what it is formed from on the way."""
     formed: dict[str, Tensor] = {}
     while tape.fired:
-        add_sums(formed, tape.fired.pop().clipped(factors_BG))
+        add_sums(formed, tape.fired.pop().clipped(factors))
     # A use whose output did not reach the loss received no gradient: its parameters' is zero.
     return {
         name: _widened(formed[name], parameter) if name in formed else _zeros(parameter)

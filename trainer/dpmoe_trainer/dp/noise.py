@@ -17,7 +17,7 @@ mechanism.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def add_noise(
     clipping_norm: float,
     key: NoiseKey,
     step: int,
-    first_expert: int = 0,
+    first_experts: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Adds N(0, (σC)²) to every number of every gradient, in place.
 
@@ -49,7 +49,8 @@ def add_noise(
         clipping_norm: C, the sum's sensitivity to one sample.
         key: The run's secret.
         step: The step, from 0.
-        first_expert: Under expert parallelism, the index in its layer of the first expert here.
+        first_experts: Of the gradients that hold but a part of a layer's experts, the first one's
+            index in its layer.
 
     Returns:
         The gradients.
@@ -64,7 +65,7 @@ def add_noise(
     for name, gradient in gradients.items():
         # A stream's order is that of a contiguous tensor, however this one lies in memory.
         noised = gradient.contiguous()
-        for part, *context in _parts(name, noised, first_expert):
+        for part, *context in _parts(name, noised, (first_experts or {}).get(name, 0)):
             add_normal(part, key.derive("noise", name, step, *context), scale)
         if noised is not gradient:
             gradient.copy_(noised)

@@ -229,8 +229,11 @@ class Routes:
             return weights
         return _AddedLoss.apply(weights, self._loss(layer, name, id(module), shares_BE))
 
-    def sums(self) -> dict[str, Tensor]:
+    def sums(self, real_B: Tensor) -> dict[str, Tensor]:
         """The scaled sums of the loads, [E] float64 by name; none if none are asked.
+
+        Args:
+            real_B: Which samples count.
 
         Raises:
             NotPerSample: The forward pass left a layer out.
@@ -241,7 +244,7 @@ class Routes:
         if missing:
             raise NotPerSample(f"{min(missing)!r} was not counted: set balancing to none")
         scale = self._query.scale
-        return {name: scale * self._loads[name].sum(0) for name in self._query.experts}
+        return {name: scale * self._loads[name][real_B].sum(0) for name in self._query.experts}
 
     def _shares(self, layer: RoutedLayer, chosen: Tensor) -> Tensor:
         """The share of a sample's counted tokens at each expert, [B, E] float64."""

@@ -43,6 +43,8 @@ class Segments:
         length: [M] Each segment's number of rows.
         rows_per_expert: [E] Rows of every expert, zero where no token went.
         batch: Samples in the batch.
+        of_company: Whether these are the samples of all ranks that share the experts, and the
+            experts those of this rank.
     """
 
     slot: Tensor
@@ -53,9 +55,17 @@ class Segments:
     length: Tensor
     rows_per_expert: list[int]
     batch: int
+    of_company: bool = False
 
     @classmethod
-    def of(cls, expert_NK: Tensor, sample_N: Tensor, experts: int, batch: int) -> Segments:
+    def of(
+        cls,
+        expert_NK: Tensor,
+        sample_N: Tensor,
+        experts: int,
+        batch: int,
+        of_company: bool = False,
+    ) -> Segments:
         """Sorts the rows of a routing decision.
 
         Args:
@@ -63,6 +73,7 @@ class Segments:
             sample_N: The sample of each token.
             experts: Experts in the layer.
             batch: Samples in the batch.
+            of_company: Whether they are those of all ranks that share the experts.
         """
         choices = expert_NK.shape[1]
         pair_S = expert_NK.reshape(-1) * batch + sample_N.repeat_interleave(choices)
@@ -79,7 +90,15 @@ class Segments:
             length=length,
             rows_per_expert=per_expert.tolist(),
             batch=batch,
+            of_company=of_company,
         )
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """[E, B] How many rows an expert has of a sample."""
+        counts_EB = self.length.new_zeros(len(self.rows_per_expert), self.batch)
+        counts_EB[self.expert, self.sample] = self.length
+        return counts_EB
 
     @cached_property
     def row_sample(self) -> Tensor:

@@ -28,6 +28,7 @@ from dpmoe_trainer.dp.clipping import Groups
 from dpmoe_trainer.dp.errors import NotPerSample, UncoveredParameter
 from dpmoe_trainer.dp.shared import Shared
 from dpmoe_trainer.dp.uses import Clippable, Use, tied_squared_norms, wide
+from dpmoe_trainer.parallel.company import Company
 
 if TYPE_CHECKING:
     from dpmoe_trainer.dp.routes import Routes
@@ -77,7 +78,11 @@ class Tape:
     _active: Tape | None = None
 
     def __init__(
-        self, trained: Mapping[str, nn.Parameter], inputs: Collection[Tensor], groups: Groups
+        self,
+        trained: Mapping[str, nn.Parameter],
+        inputs: Collection[Tensor],
+        groups: Groups,
+        company: Company | None = None,
     ) -> None:
         first = next(iter(inputs))
         self.batch = first.shape[0]
@@ -89,6 +94,10 @@ class Tape:
         self._groups = groups
         self._squared_norms = torch.zeros(
             self.batch, len(groups.shares), dtype=torch.float64, device=self.device
+        )
+        self._company = company
+        self._company_norms = self._squared_norms.new_zeros(
+            0 if company is None else company.samples, len(groups.shares)
         )
         self._trained = {
             id(parameter): (name, parameter, parameter.detach())
@@ -255,15 +264,23 @@ class Tape:
         for name in tied:
             self._tied.setdefault(name, []).append(use)
         if not tied:
-            self._squared_norms[:, use.group] += use.squared_norms()
+            norms_BG = self._company_norms if use.of_company else self._squared_norms
+            norms_BG[:, use.group] += use.squared_norms()
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """‖∇ℓ_b‖ at each group of parameters, [B, G] float64, when the backward pass is over."""
+        """‖∇ℓ_b‖ at each group of parameters, when the backward pass is over.
+
+        Returns:
+            [B, G] float64; where ranks share the experts, [S, G] of all their samples.
+        """
         while self._tied:
             _, uses = self._tied.popitem()
             self._squared_norms[:, uses[0].group] += tied_squared_norms(uses)
-        return self._squared_norms.clamp_min(0).sqrt()
+        norms_BG = self._squared_norms
+        if self._company is not None:
+            norms_BG = self._company.gathered(norms_BG, self._company_norms)
+        return norms_BG.clamp_min(0).sqrt()
 
     def routed(self, experts: nn.Module, chosen: Tensor, weights: Tensor) -> Tensor:
         """Tells where an experts module's tokens go; returns the weights to go on with."""
@@ -289,6 +306,12 @@ class Tape:
             "a trained layer got rows that are neither [B, T, …, D] nor [B·T, D], so a row's "
             "sample is unknown: freeze that layer"
         )
+
+    @property
+    def company(self) -> Company:
+        """The samples of the ranks that share the experts."""
+        assert self._company is not None, "experts are shared, and nobody said with whom"
+        return self._company
 
     def sample_of(self, tokens_ND: Tensor) -> Tensor:
         """The sample of each of [B·T, D] tokens, [N].

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +29,24 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+class ClipFactors(NamedTuple):
+    """What samples are scaled with, in each group of parameters.
+
+    Attributes:
+        own: [B, G] of the batch.
+        company: [S, G] of all samples that ranks with shared experts compute together; without such
+            ranks, those of the batch.
+    """
+
+    own: Tensor
+    company: Tensor
+
+
 class Clippable(ABC):
     """Something that the backward pass met, and that has clipped sums to give afterwards."""
 
     @abstractmethod
-    def clipped(self, factors_BG: Tensor) -> dict[str, Tensor]:
+    def clipped(self, factors: ClipFactors) -> dict[str, Tensor]:
         """Σ_b factors[b, g]·∇ℓ_b for each of its parameters, of group g, by parameter name."""
 
 
@@ -42,15 +56,18 @@ class Use(Clippable):
     Attributes:
         names: The trained parameters that it uses.
         group: Their clipping group.
+        of_company: Whether its rows are of the samples of all ranks that share the experts.
         gradient: The loss gradient of its output, once the backward pass has reached it.
     """
 
     names: tuple[str, ...]
     group: int = 0
+    of_company: bool = False
     gradient: Tensor
 
-    def clipped(self, factors_BG: Tensor) -> dict[str, Tensor]:
-        """With its group's factors."""
+    def clipped(self, factors: ClipFactors) -> dict[str, Tensor]:
+        """With its samples' and its group's factors."""
+        factors_BG = factors.company if self.of_company else factors.own
         return self.clipped_sum(factors_BG[:, self.group])
 
     @abstractmethod

@@ -23,6 +23,8 @@ from dpmoe_trainer.dp.rules.lora import ExpertAdapter, adapted
 from dpmoe_trainer.dp.segments import Segments, squared_norms
 from dpmoe_trainer.dp.tape import Kept, Tape
 from dpmoe_trainer.dp.uses import Use, wide
+from dpmoe_trainer.parallel.dispatch import Journey
+from dpmoe_trainer.parallel.shards import shard_of
 
 IMPLEMENTATION = "dpmoe"
 
@@ -46,6 +48,7 @@ class ExpertWeights(Use):
         self._store = store
         self._input = Kept(rows_SI)
         self._segments = segments
+        self.of_company = segments.of_company
         self._inputs_first = inputs_first
         self._trained_E = trained_E
 
@@ -76,6 +79,7 @@ class ExpertBiases(Use):
     def __init__(self, name: str, segments: Segments) -> None:
         self.names = (name,)
         self._segments = segments
+        self.of_company = segments.of_company
 
     def squared_norms(self) -> Tensor:
         """Σ_e ‖Σ_s g_s‖² over the sample's segments."""
@@ -114,11 +118,13 @@ def experts_forward(
     top_k_weights = tape.routed(module, top_k_index, top_k_weights)
 
     x_SD = hidden_states.index_select(0, segments.token)
-    if module.has_gate:
-        h_SF = module._apply_gate(_fused_linear(tape, module, "gate_up_proj", x_SD, segments))
+    shard = shard_of(module)
+    if shard is None:
+        y_SD = _through_experts(tape, module, x_SD, segments)
     else:
-        h_SF = module.act_fn(_fused_linear(tape, module, "up_proj", x_SD, segments))
-    y_SD = _fused_linear(tape, module, "down_proj", h_SF, segments)
+        journey = Journey.of(segments, shard, tape.company)
+        arrived = journey.out(x_SD)
+        y_SD = journey.back(_through_experts(tape, module, arrived, journey.segments))
 
     y_SD = y_SD * top_k_weights.reshape(-1, 1).index_select(0, segments.slot)
     place_S = torch.empty_like(segments.slot)
@@ -127,10 +133,22 @@ def experts_forward(
     return y_NKD.sum(1).to(hidden_states.dtype)
 
 
+def _through_experts(tape: Tape, module: Any, x_SD: Tensor, segments: Segments) -> Tensor:
+    """What each row's expert makes of it."""
+    if module.has_gate:
+        h_SF = module._apply_gate(_fused_linear(tape, module, "gate_up_proj", x_SD, segments))
+    else:
+        h_SF = module.act_fn(_fused_linear(tape, module, "up_proj", x_SD, segments))
+    return _fused_linear(tape, module, "down_proj", h_SF, segments)
+
+
 def _require_plain(module: Any) -> None:
     name = type(module).__name__
     if module._is_expert_parallel:
-        raise NotPerSample(f"{name} is sharded over ranks: run the engine on a whole layer")
+        raise NotPerSample(
+            f"{name} was sharded over ranks by transformers, which sends no samples with the "
+            "tokens: load it whole, and have this package spread its experts"
+        )
     if module.has_post_expert_norm:
         raise NotPerSample(f"{name} normalises expert outputs, for which there is no rule")
 

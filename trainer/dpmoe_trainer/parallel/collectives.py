@@ -1,0 +1,109 @@
+"""What ranks say to each other, and how a rank learns that another one is gone.
+
+Every rank makes the same calls in the same order. A call that fails means that a rank died, hangs
+or left the order; no step can be finished without it, so all that is left is to end the process and
+to start all ranks again (`PeerLost`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpmoe_trainer.errors import PeerLost
+
+Group = dist.ProcessGroup | None
+"""Ranks that talk to each other; None is all of them."""
+
+
+@contextmanager
+def listening(what: str) -> Iterator[None]:
+    """Turns any failure of a collective into `PeerLost`.
+
+    The backends raise plain RuntimeErrors, whose texts hold addresses and differ by version.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise PeerLost(
+            f"{what}: another rank is gone or silent ({type(error).__name__})"
+        ) from error
+
+
+def sum_in_place(tensor: Tensor, group: Group = None) -> None:
+    """Σ over the group's ranks; the same bits on all of them."""
+    with listening("a sum over the ranks"):
+        dist.all_reduce(tensor, group=group)
+
+
+def gather_numbers(number: int, device: torch.device, group: Group = None) -> list[int]:
+    """One whole number of each rank, in the order of ranks."""
+    own = torch.tensor([number], device=device)
+    found = own.new_empty(dist.get_world_size(group))
+    with listening("an exchange of sizes"):
+        dist.all_gather_into_tensor(found, own, group=group)
+    return [int(each) for each in found.tolist()]
+
+
+def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
+    """The ranks' equal blocks of rows, one after the other."""
+    found = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
+    with listening("a gathering of shards"):
+        dist.all_gather_into_tensor(found, rows.contiguous(), group=group)
+    return found
+
+
+def tell(content: Any, device: torch.device) -> Any:
+    """What rank 0 has to say, on every rank; the others' own is ignored."""
+    box = [content]
+    with listening("word from rank 0"):
+        dist.broadcast_object_list(box, src=0, device=device)
+    return box[0]
+
+
+def wait_for_all() -> None:
+    """Returns once every rank has come here."""
+    with listening("a meeting of the ranks"):
+        dist.barrier()
+
+
+def exchange(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
+    """Rows to and from each rank of the group; differentiable, the gradients go the way back.
+
+    Args:
+        rows: [Σ sent, …], those for the first rank first.
+        sent: Rows for each rank.
+        received: Rows from each rank.
+        group: The ranks.
+
+    Returns:
+        [Σ received, …], those of the first rank first.
+    """
+    moved: Tensor = _Exchange.apply(rows, list(sent), list(received), group)
+    return moved
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: Group
+    ) -> Tensor:
+        ctx.sizes, ctx.group = (sent, received), group
+        return _move(rows, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        sent, received = ctx.sizes
+        return _move(gradient, received, sent, ctx.group), None, None, None
+
+
+def _move(rows: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+    found = rows.new_empty(sum(received), *rows.shape[1:])
+    with listening("an exchange of tokens"):
+        dist.all_to_all_single(found, rows.contiguous(), received, sent, group=group)
+    return found

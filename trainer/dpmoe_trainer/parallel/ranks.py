@@ -1,0 +1,129 @@
+"""The processes of a run: which one this is, and how they find each other.
+
+The world is a mesh of replicas × experts. The ranks of a row hold all experts between them and
+exchange tokens; those of a column hold the same experts. Every rank computes samples of its own.
+
+Ranks meet at a store that rank 0 serves. A rank that is started anew must not join the store of a
+rank 0 that is about to end: it would wait for ranks that are gone. So each announces itself, and
+one whose place is taken already waits for the next rank 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from dpmoe_trainer.contract import ParallelPlan
+from dpmoe_trainer.errors import PeerLost
+from dpmoe_trainer.parallel.collectives import Group
+
+_RETRY_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are.
+        expert_rank: its place among those that share the experts.
+        expert_ranks: how many share them.
+        experts: these ranks; None where there is but one process.
+        replicas: the ranks that hold the same experts; likewise.
+    """
+
+    rank: int = 0
+    world: int = 1
+    expert_rank: int = 0
+    expert_ranks: int = 1
+    experts: Group = None
+    replicas: Group = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other rank, and nothing to exchange."""
+        return self.world == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that reports and writes what all hold alike."""
+        return self.rank == 0
+
+
+ALONE = Ranks()
+
+
+def meet(plan: ParallelPlan, device: torch.device, environment: Mapping[str, str]) -> Ranks:
+    """Joins the other ranks of the plan.
+
+    Args:
+        plan: how many there are, and how long to wait for them.
+        device: where this rank computes.
+        environment: torchrun's variables: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        PeerLost: they did not come in time.
+    """
+    if plan.world == 1:
+        return ALONE
+    rank, world = int(environment["RANK"]), plan.world
+    timeout = timedelta(seconds=plan.timeout_seconds)
+    store = _store(rank, world, timeout, environment)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+        )
+        shape = (world // plan.expert_parallel, plan.expert_parallel)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "expert"))
+    except RuntimeError as error:
+        raise PeerLost(f"the {world} ranks did not meet within {timeout}") from error
+    return Ranks(
+        rank=rank,
+        world=world,
+        expert_rank=rank % plan.expert_parallel,
+        expert_ranks=plan.expert_parallel,
+        experts=mesh.get_group("expert"),
+        replicas=mesh.get_group("replica"),
+    )
+
+
+def part(ranks: Ranks) -> None:
+    """Leaves the others, at the end of a run."""
+    if not ranks.alone:
+        dist.destroy_process_group()
+
+
+def _store(rank: int, world: int, timeout: timedelta, environment: Mapping[str, str]) -> dist.Store:
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    # torchrun's agent serves the store itself, for each of its restarts anew.
+    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    prefix = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    end = time.monotonic() + timeout.total_seconds()
+    while True:
+        left = timedelta(seconds=max(1.0, end - time.monotonic()))
+        try:
+            served = dist.TCPStore(
+                host, port, is_master=rank == 0 and not agent, timeout=left, wait_for_workers=False
+            )
+            store = dist.PrefixStore(f"dpmoe/{prefix}", served)
+            if store.add(f"joined/{rank}", 1) == 1:
+                return store
+            problem: Exception | None = None
+        except (RuntimeError, ValueError) as error:
+            problem = error
+        if time.monotonic() >= end:
+            raise PeerLost(
+                f"rank {rank} found no rank 0 that waits for it at {host}:{port} within {timeout}"
+            ) from problem
+        time.sleep(_RETRY_SECONDS)

@@ -1,0 +1,30 @@
+"""The logical batch's sum, from what each rank summed over its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dpmoe_trainer.parallel.collectives import sum_in_place
+from dpmoe_trainer.parallel.ranks import Ranks
+from dpmoe_trainer.parallel.shards import Shard
+
+
+def sum_over_ranks(
+    sums: dict[str, Tensor], shards: Mapping[str, Shard], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Adds up the ranks' clipped sums, in place.
+
+    A parameter that all hold is summed over all ranks. An expert's sum already has all samples of
+    the ranks that share it, so it is summed over its replicas.
+    """
+    if ranks.alone:
+        return sums
+    for name in sorted(sums):
+        total = sums[name] = sums[name].contiguous()
+        if name not in shards:
+            sum_in_place(total)
+        elif ranks.world > ranks.expert_ranks:
+            sum_in_place(total, ranks.replicas)
+    return sums

@@ -169,6 +169,8 @@ def squared_norms(
         [batch] float64, of products in at least float32.
     """
     norms = torch.zeros(segments.batch, dtype=torch.float64, device=g_SO.device)
+    if not len(segments.length):
+        return norms  # No token of any rank came to the experts here.
     g_SO = wide(g_SO)
     if weights:
         norms.index_add_(0, segments.sample, _weight_norms(wide(a_SI), g_SO, segments))

@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from dpmoe_trainer.dp.sampling import NoiseKey, physical_batches, poisson_draw
+from dpmoe_trainer.dp.sampling import (
+    Group,
+    NoiseKey,
+    lockstep_batches,
+    physical_batches,
+    poisson_draw,
+)
 
 KEY = NoiseKey(bytes(range(32)))
 UNITS, RATE, STEPS = 400, 0.07, 500
@@ -72,3 +78,64 @@ def test_physical_batches_split_the_logical_one():
     assert physical_batches(drawn[:0], 32, lengths) == []
     with pytest.raises(ValueError, match="physical batch size"):
         physical_batches(drawn, 0)
+
+
+def random_units(seed: int) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """Drawn units of 1 to 40 rows, most of one, over rows in no order; and all rows' lengths."""
+    generator = np.random.default_rng(seed)
+    counts = np.where(generator.random(60) < 0.8, 1, generator.integers(2, 41, 60))
+    rows = generator.permutation(2000)[: counts.sum()]
+    units = [tuple(part.tolist()) for part in np.split(rows, np.cumsum(counts)[:-1])]
+    return units, generator.integers(1, 60, 2000)
+
+
+def rows_of(group: Group) -> list[int]:
+    return np.concatenate([np.concatenate(parts) for parts in group.batches]).tolist()
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 5, 16])
+def test_ranks_share_every_drawn_unit_once(ranks, size, by_length):
+    units, lengths = random_units(ranks * size)
+    groups = lockstep_batches(units, ranks, size, lengths if by_length else None)
+
+    users = [unit for unit in units if len(unit) > 1]
+    assert [group.unit_rows for group in groups] == [*map(len, users), 1]
+    for group, user in zip(groups, users, strict=False):
+        assert sorted(rows_of(group)) == sorted(user)
+    assert sorted(rows_of(groups[-1])) == sorted(unit[0] for unit in units if len(unit) == 1)
+
+    for group in groups:
+        assert all(len(parts) == ranks for parts in group.batches)
+        assert all(len(rows) <= size for parts in group.batches for rows in parts)
+        assert len(group.batches) == math.ceil(len(rows_of(group)) / (ranks * size))
+        shares = [np.concatenate(group.of(rank)) for rank in range(ranks)]
+        counts = [len(share) for share in shares]
+        assert max(counts) - min(counts) <= 1
+        if by_length:
+            work = [lengths[share].sum() for share in shares]
+            assert max(work) - min(work) <= lengths.max()
+
+
+def test_one_rank_computes_the_physical_batches_themselves():
+    drawn = poisson_draw(UNITS, 0.5, KEY, 0)
+    lengths = np.random.default_rng(0).integers(1, 60, UNITS)
+    (group,) = lockstep_batches([(index,) for index in drawn], 1, 32, lengths)
+    expected = physical_batches(drawn, 32, lengths)
+    assert all(map(np.array_equal, group.of(rank=0), expected))
+    assert len(group.batches) == len(expected)
+
+
+def test_fewer_rows_than_ranks_leave_some_without():
+    (user, singles) = lockstep_batches([(4, 7), (1,)], ranks=3, size=2)
+    assert [part.tolist() for part in user.batches[0]] == [[4], [7], []]
+    assert [part.tolist() for part in singles.batches[0]] == [[1], [], []]
+
+
+def test_nothing_drawn_is_nothing_to_do():
+    assert lockstep_batches([], ranks=4, size=8) == []
+    with pytest.raises(ValueError, match="ranks is 0"):
+        lockstep_batches([], ranks=0, size=8)
+    with pytest.raises(ValueError, match="physical batch size"):
+        lockstep_batches([(1,)], ranks=2, size=0)

@@ -8,7 +8,7 @@ computed once and kept in half precision. That halves a step's work and more, an
 the row: it depends on nothing else and never leaves the process.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpmoe_trainer.dp.losses import IGNORED
-from dpmoe_trainer.dp.sampling import physical_batches
+from dpmoe_trainer.dp.sampling import Indices, physical_batches
 
 Batch = dict[str, Tensor]
 """`attention_mask` [B, T]; `labels`, classes [B] or tokens [B, T]; and `input_ids` [B, T] or
@@ -77,6 +77,19 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """How long each row is, [rows]: what logical batches are split by, the same on all ranks.
+
+        Token counts here, but comparable only with one another.
+        """
+        return self._lengths
+
+    def batches(self, parts: Iterable[Indices]) -> Iterator[Batch | None]:
+        """A batch of each part's rows, in order; None for a part without any."""
+        for part in parts:
+            yield self.batch(part.tolist()) if len(part) else None
 
     def physical_batches(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
         """Batches of at most `size` rows, alike in length so that little is padded."""

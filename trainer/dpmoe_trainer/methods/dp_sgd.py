@@ -18,6 +18,7 @@ from dpmoe_trainer.data.units import Unit
 from dpmoe_trainer.dp import clipped_sum
 from dpmoe_trainer.dp.clipping import FLAT, Clipping, clip_gradient
 from dpmoe_trainer.dp.routes import BalancingLoss, LoadQuery
+from dpmoe_trainer.dp.sampling import Group, lockstep_batches
 from dpmoe_trainer.methods.adam_bc import AdamBC
 
 ADAM_BETAS = (0.9, 0.98)
@@ -55,22 +56,21 @@ def sum_clipped(
         balancing: a balancing loss of each row's own.
     """
     total: Gradients = {}
-    singles: list[int] = []
 
-    def sums(chosen: Sequence[int], bound: float, way: Clipping) -> Iterator[Gradients]:
-        for batch in rows.physical_batches(chosen, physical_batch):
-            yield clipped_sum(model, batch, bound, clipping=way, loads=loads, balancing=balancing)[
-                0
-            ]
+    def sums(group: Group, bound: float, way: Clipping) -> Iterator[Gradients]:
+        for batch in rows.batches(group.of(rank=0)):
+            if batch is not None:
+                yield clipped_sum(
+                    model, batch, bound, clipping=way, loads=loads, balancing=balancing
+                )[0]
 
-    for unit in units:
-        if len(unit) == 1:
-            singles.append(unit[0])
-        else:
-            mean = _mean(sums(unit, math.inf, FLAT), len(unit))
+    for group in lockstep_batches(units, 1, physical_batch, rows.sizes):
+        if group.unit_rows > 1:
+            mean = _mean(sums(group, math.inf, FLAT), group.unit_rows)
             _add(total, _clipped(mean, clipping_norm, clipping, loads))
-    for part in sums(singles, clipping_norm, clipping):
-        _add(total, part)
+        else:
+            for part in sums(group, clipping_norm, clipping):
+                _add(total, part)
     return total or _zeros(model, loads)
 
 

@@ -147,11 +147,13 @@ def test_a_formed_gradient_is_clipped_as_the_engine_clips(way):
     sample = make_batch(model, 1, 6)
     clipping_norm = 0.5 * median_norm(model, sample)
     gradient, _ = clipped_sum(model, sample, math.inf)
-    formed = clip_gradient(gradient, clipping_norm, WAYS[way])
+    formed, finite = clip_gradient(gradient, clipping_norm, WAYS[way])
     engine, _ = clipped_sum(model, sample, clipping_norm, clipping=WAYS[way])
     assert difference(formed, engine) <= 1e-10 * size(engine)
+    assert finite
     gradient["classifier.bias"][0] = math.nan
-    broken = clip_gradient(gradient, clipping_norm, WAYS[way])
+    broken, finite = clip_gradient(gradient, clipping_norm, WAYS[way])
+    assert not finite
     assert not any(part.any() for part in broken.values())
 
 

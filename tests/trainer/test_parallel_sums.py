@@ -10,7 +10,7 @@ from tests.trainer.processes import run_ranks
 
 from dpmoe_trainer.dp import clipped_sum
 from dpmoe_trainer.dp.balancing import ReleasedLoad, SequenceBalancing
-from dpmoe_trainer.dp.clipping import FLAT, Automatic, PerGroup
+from dpmoe_trainer.dp.clipping import Automatic, PerGroup
 from dpmoe_trainer.parallel.shards import NotShardable, shard_experts, sharded_parameters
 from dpmoe_trainer.parallel.sums import sum_over_ranks
 
@@ -42,12 +42,8 @@ def check_layout(model, batch, layout, limit, options=lambda model: {}):
     world, experts = LAYOUTS[layout]
     clipping_norm = median_norm(model, batch)
     expected, norms = clipped_sum(model, batch, clipping_norm, **options(model))
-    found = run_ranks(
-        world, on_one_rank, model, batch, clipping_norm, options, experts=experts
-    )
-    torch.testing.assert_close(
-        torch.cat([each[1] for each in found]), norms, rtol=limit, atol=0.0
-    )
+    found = run_ranks(world, on_one_rank, model, batch, clipping_norm, options, experts=experts)
+    torch.testing.assert_close(torch.cat([each[1] for each in found]), norms, rtol=limit, atol=0.0)
     scale = max(float(total.abs().max()) for total in expected.values())
     for sums, _, firsts in found:
         assert sums.keys() == expected.keys()

@@ -7,45 +7,63 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from dpmoe_trainer.contract import Evaluation
-from dpmoe_trainer.data.rows import Rows
+from dpmoe_trainer.data.rows import Batch, Rows
+from dpmoe_trainer.dp.engine import predict
 from dpmoe_trainer.dp.losses import IGNORED
+from dpmoe_trainer.dp.sampling import lockstep_batches
+from dpmoe_trainer.parallel.collectives import sum_in_place
+from dpmoe_trainer.parallel.ranks import ALONE, Ranks
+from dpmoe_trainer.parallel.shards import model_shard
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, rows: Rows, physical_batch: int) -> Evaluation:
+def evaluate(
+    model: PreTrainedModel, rows: Rows, physical_batch: int, ranks: Ranks = ALONE
+) -> Evaluation:
     """The accuracy, beside what always naming the largest class would get.
 
-    A language model is scored token by token, each by the tokens before it.
+    A language model is scored token by token, each by the tokens before it. All ranks score a part
+    of the rows each, and get the same scores.
     """
-    model.eval()
-    correct, loss, classes = 0, 0.0, 0
-    counts: Tensor | None = None
-    by_token = False
-    for batch in rows.physical_batches(range(len(rows)), physical_batch):
-        labels = batch.pop("labels")
-        logits = model(**batch).logits
-        by_token = labels.dim() == 2
-        if by_token:
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        counted = labels != IGNORED
-        logits, labels = logits[counted].float(), labels[counted]
-        correct += int((logits.argmax(-1) == labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        classes += len(labels)
-        found = torch.bincount(labels, minlength=logits.shape[-1])
-        counts = found if counts is None else counts + found
-    assert counts is not None, "a table that was read has rows"
+    # Correct answers, and the sum of losses; then how often each class is right.
+    scores = torch.zeros(2, dtype=torch.float64, device=model.device)
+    classes = model.config.vocab_size if rows.learn_tokens else model.config.num_labels
+    counts = torch.zeros(classes, dtype=torch.long, device=model.device)
+    units = ((row,) for row in range(len(rows)))
+    for group in lockstep_batches(units, ranks.world, physical_batch, rows.sizes):
+        for batch in rows.batches(group.of(ranks.rank)):
+            if batch is None and model_shard(model) is None:
+                continue
+            given = rows.empty() if batch is None else batch
+            logits, labels = _scored(predict(model, given), given)
+            scores[0] += (logits.argmax(-1) == labels).sum()
+            scores[1] += F.cross_entropy(logits, labels, reduction="sum")
+            counts += torch.bincount(labels, minlength=classes)
+    if not ranks.alone:
+        sum_in_place(scores)
+        sum_in_place(counts)
+    correct, loss = scores.tolist()
     # Rows of one token each predict nothing.
-    scored = max(classes, 1)
+    scored = max(int(counts.sum()), 1)
     return Evaluation(
         examples=len(rows),
         accuracy=correct / scored,
         majority_share=int(counts.max()) / scored,
-        perplexity=_perplexity(loss / scored) if by_token else None,
+        perplexity=_perplexity(loss / scored) if rows.learn_tokens else None,
     )
+
+
+def _scored(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What counts of a batch: the logits, [N, classes], and the right answers, [N]."""
+    labels = batch["labels"]
+    if labels.dim() == 2:
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    counted = labels != IGNORED
+    return logits[counted].float(), labels[counted]
 
 
 def _perplexity(loss: float) -> float | None:

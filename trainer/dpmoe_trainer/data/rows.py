@@ -91,6 +91,17 @@ class Rows:
         for part in parts:
             yield self.batch(part.tolist()) if len(part) else None
 
+    def empty(self) -> Batch:
+        """A batch of no rows, for a model that all ranks go through together."""
+        none = torch.zeros(0, 2, dtype=torch.long, device=self._device)
+        labels = none if self.learn_tokens else none[:, 0]
+        return {"attention_mask": none, "labels": labels, "input_ids": none}
+
+    @property
+    def learn_tokens(self) -> bool:
+        """Whether what is learnt is the rows' own tokens, not classes."""
+        return self._labels is None
+
     def physical_batches(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
         """Batches of at most `size` rows, alike in length so that little is padded."""
         for chosen in physical_batches(np.array(rows, dtype=np.int64), size, self._lengths):

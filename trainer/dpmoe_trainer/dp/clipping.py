@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from dpmoe_trainer.dp.errors import NotPerSample
+from dpmoe_trainer.parallel.collectives import sum_in_place
+from dpmoe_trainer.parallel.shards import Shard
 
 GAMMA = 0.01
 """γ of automatic clipping, as Bu et al. recommend for all their tasks."""
@@ -172,24 +174,35 @@ def clip_factors(
 
 
 def clip_gradient(
-    gradient: dict[str, Tensor], clipping_norm: float, clipping: Clipping
-) -> dict[str, Tensor]:
+    gradient: dict[str, Tensor],
+    clipping_norm: float,
+    clipping: Clipping,
+    shards: Mapping[str, Shard] | None = None,
+) -> tuple[dict[str, Tensor], bool]:
     """One formed gradient, clipped, such as that of a user with several rows.
 
     Args:
         gradient: By parameter name.
         clipping_norm: C.
         clipping: How.
+        shards: Of the parameters of which other ranks hold the other experts, by name; these ranks
+            all come here with the same gradient.
 
     Returns:
-        The clipped gradient: exactly zero if the gradient is not finite.
+        The clipped gradient, exactly zero if the gradient is not finite; and whether it is.
     """
     groups = clipping.groups(gradient)
     # In double precision: float32 loses the small among many squares, and would clip too little.
     squares = torch.zeros(1, len(groups.shares), dtype=torch.float64)
+    in_shards = torch.zeros_like(squares)
     for name, part in gradient.items():
-        squares[0, groups.of[name]] += part.double().pow(2).sum().cpu()
+        total = in_shards if shards and name in shards else squares
+        total[0, groups.of[name]] += part.double().pow(2).sum().cpu()
+    if shards:
+        sum_in_place(in_shards, next(iter(shards.values())).group)
+        squares += in_shards
     if not squares.isfinite().all():
-        return {name: torch.zeros_like(part) for name, part in gradient.items()}
+        return {name: torch.zeros_like(part) for name, part in gradient.items()}, False
     factors = clip_factors(squares.sqrt(), clipping_norm, clipping, groups)[0].tolist()
-    return {name: part * factors[groups.of[name]] for name, part in gradient.items()}
+    clipped = {name: part * factors[groups.of[name]] for name, part in gradient.items()}
+    return clipped, True

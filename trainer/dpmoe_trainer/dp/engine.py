@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from dpmoe_trainer.dp.clipping import FLAT, Clipping, clip_factors
+from dpmoe_trainer.dp.clipping import FLAT, Clipping, Groups, clip_factors
 from dpmoe_trainer.dp.errors import AmbiguousBatch, NotPerSample, UncoveredParameter
 from dpmoe_trainer.dp.losses import per_sample_losses
 from dpmoe_trainer.dp.refusals import refuse_coupled, refusing_changed_buffers
@@ -129,6 +129,32 @@ def measure(model: nn.Module, batch: Batch, options: Options) -> Measured:
     rest = measure(model, {key: value[finite] for key, value in batch.items()}, options)
     norms = torch.full_like(measured.norms, torch.inf).masked_scatter(finite, rest.norms)
     return Measured(rest.sums, norms, measured.losses)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batch: Batch) -> Tensor:
+    """A model's outputs for a batch, also where ranks share its experts.
+
+    Args:
+        model: As `clipped_sum` takes it.
+        batch: Likewise; labels are left aside. Ranks that share experts all come here together,
+            also with a batch of no rows.
+
+    Returns:
+        The logits, [B, …].
+    """
+    shard = model_shard(model)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with evaluating(model):
+        if shard is None:
+            return model(**inputs).logits
+        rows, device = _size(batch)
+        stand_in = rows == 0
+        company = Company.of(rows + stand_in, stand_in, shard.place, shard.group, device)
+        inputs = with_stand_in(inputs, stand_in)
+        tape = Tape({}, list(inputs.values()), Groups({}, (1.0,)), company)
+        with own_parts(model, tape), tape.running():
+            return model(**inputs).logits[:rows]
 
 
 def _nothing(trained: dict[str, nn.Parameter], options: Options, device: torch.device) -> Measured:

@@ -7,7 +7,7 @@ wrote (McMahan et al. 2018, "Learning Differentially Private Recurrent Language 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from dpmoe_trainer.dp.clipping import FLAT, Clipping, clip_gradient
 from dpmoe_trainer.dp.routes import BalancingLoss, LoadQuery
 from dpmoe_trainer.dp.sampling import Group, lockstep_batches
 from dpmoe_trainer.methods.adam_bc import AdamBC
+from dpmoe_trainer.parallel.ranks import ALONE, Ranks
+from dpmoe_trainer.parallel.shards import Shard, sharded_parameters
+from dpmoe_trainer.parallel.sums import counted_once, sum_over_ranks
 
 ADAM_BETAS = (0.9, 0.98)
 """The second is short-sighted because DP runs are short: tens of steps, not tens of thousands."""
@@ -38,6 +41,7 @@ def sum_clipped(
     clipping: Clipping = FLAT,
     loads: LoadQuery | None = None,
     balancing: BalancingLoss | None = None,
+    ranks: Ranks = ALONE,
 ) -> Gradients:
     """Σ_u min(1, C/‖g_u‖)·g_u over a logical batch, in physical batches.
 
@@ -54,55 +58,70 @@ def sum_clipped(
         clipping: how gradients are brought to C.
         loads: expert loads to sum as well, as in `clipped_sum`.
         balancing: a balancing loss of each row's own.
+        ranks: who computes the logical batch; each gives the same units and gets the same sum, of
+            the parameters that it holds.
     """
+    shards = sharded_parameters(model)
     total: Gradients = {}
 
-    def sums(group: Group, bound: float, way: Clipping) -> Iterator[Gradients]:
-        for batch in rows.batches(group.of(rank=0)):
-            if batch is not None:
-                yield clipped_sum(
-                    model, batch, bound, clipping=way, loads=loads, balancing=balancing
-                )[0]
+    def sums(group: Group, bound: float, way: Clipping) -> Gradients:
+        """This rank's part of a group's sum."""
+        part: Gradients = {}
+        for batch in rows.batches(group.of(ranks.rank)):
+            if batch is None and not shards:
+                continue
+            given = rows.empty() if batch is None else batch
+            _add(
+                part,
+                clipped_sum(model, given, bound, clipping=way, loads=loads, balancing=balancing)[0],
+            )
+        return part
 
-    for group in lockstep_batches(units, 1, physical_batch, rows.sizes):
+    for group in lockstep_batches(units, ranks.world, physical_batch, rows.sizes):
         if group.unit_rows > 1:
-            mean = _mean(sums(group, math.inf, FLAT), group.unit_rows)
-            _add(total, _clipped(mean, clipping_norm, clipping, loads))
+            part = _complete(sums(group, math.inf, FLAT), model, loads)
+            mean = _divided(sum_over_ranks(part, shards, ranks), group.unit_rows)
+            clipped = _clipped(mean, clipping_norm, clipping, loads, shards)
+            _add(total, counted_once(clipped, shards, ranks))
         else:
-            for part in sums(group, clipping_norm, clipping):
-                _add(total, part)
-    return total or _zeros(model, loads)
+            _add(total, sums(group, clipping_norm, clipping))
+    return sum_over_ranks(_complete(total, model, loads), shards, ranks)
 
 
-def _zeros(model: nn.Module, loads: LoadQuery | None) -> Gradients:
+def _complete(total: Gradients, model: nn.Module, loads: LoadQuery | None) -> Gradients:
+    """The sums, with zeros for what no batch had a part in."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if all(name in total for name in trained):
+        return total
     device = next(iter(trained.values())).device
     zeros = {
         name: torch.zeros_like(
             p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False
         )
         for name, p in trained.items()
+        if name not in total
     }
-    return zeros | (loads.zeros(device) if loads is not None else {})
+    if loads is not None:
+        zeros |= {n: zero for n, zero in loads.zeros(device).items() if n not in total}
+    return total | zeros
 
 
-def _mean(parts: Iterable[Gradients], rows: int) -> Gradients:
-    """The mean of row gradients, from their sums."""
-    mean: Gradients = {}
-    for part in parts:
-        _add(mean, part)
-    for gradient in mean.values():
+def _divided(total: Gradients, rows: int) -> Gradients:
+    for gradient in total.values():
         gradient /= rows
-    return mean
+    return total
 
 
 def _clipped(
-    mean: Gradients, clipping_norm: float, clipping: Clipping, loads: LoadQuery | None
+    mean: Gradients,
+    clipping_norm: float,
+    clipping: Clipping,
+    loads: LoadQuery | None,
+    shards: Mapping[str, Shard],
 ) -> Gradients:
     """A user's gradient clipped, and its load as it is; zeros if the gradient is not finite."""
     load = {name: mean.pop(name) for name in (loads.experts if loads else ())}
-    finite = all(bool(gradient.isfinite().all()) for gradient in mean.values())
-    clipped = clip_gradient(mean, clipping_norm, clipping)
+    clipped, finite = clip_gradient(mean, clipping_norm, clipping, shards)
     return clipped | (load if finite else {n: torch.zeros_like(part) for n, part in load.items()})
 
 

@@ -28,3 +28,11 @@ def sum_over_ranks(
         elif ranks.world > ranks.expert_ranks:
             sum_in_place(total, ranks.replicas)
     return sums
+
+
+def counted_once(
+    sums: dict[str, Tensor], shards: Mapping[str, Shard], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Of sums that are over all ranks already, what this rank adds so that each counts once."""
+    own = ranks.rank < ranks.expert_ranks
+    return {name: total for name, total in sums.items() if (own if name in shards else ranks.first)}

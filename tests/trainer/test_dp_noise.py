@@ -71,7 +71,7 @@ def test_sharding_by_expert_changes_nothing():
     name = "layers.0.experts.down_proj"
     whole = noise_of((6, 4, 5), name=name)
     low = noise_of((2, 4, 5), name=name)
-    high = noise_of((4, 4, 5), name=name, first_expert=2)
+    high = noise_of((4, 4, 5), name=name, first_experts={name: 2})
     assert torch.equal(whole, torch.cat([low, high]))
 
 

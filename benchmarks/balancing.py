@@ -27,8 +27,9 @@ from benchmarks.balancing_page import write_page
 from benchmarks.common import Json, Quick, Recorder, Seed, note, report, seconds
 from dpmoe_operator.privacy.calibration import noise_multiplier_for
 from dpmoe_trainer.contract import DataFormat, DataPlan, OptimizerPlan
-from dpmoe_trainer.data.rows import Rows, encode
+from dpmoe_trainer.data.rows import Rows
 from dpmoe_trainer.data.tables import read_table
+from dpmoe_trainer.data.tokens import TableTokens
 from dpmoe_trainer.dp.balancing import Balancing, ReleasedLoad, SequenceBalancing
 from dpmoe_trainer.dp.noise import NoiseKey, add_noise
 from dpmoe_trainer.dp.sampling import poisson_draw
@@ -178,14 +179,14 @@ def train(
 
 
 def read(folder: Path, name: str, text: str, model: Path, lower: object, limit: int) -> Rows:
-    """The first rows of a table, tokenised."""
+    """The first rows of a table."""
     plan = DataPlan(
         path=str(folder / name), format=DataFormat.TSV, text_column=text, label_column="label"
     )
     table = read_table(plan, name, 2, limit=limit)
     tokenizer = load_tokenizer(model)
     padding = tokenizer.pad_token_id
-    tokens = encode(tokenizer, table.texts, MAX_TOKENS, padding)
+    tokens = TableTokens(table.content, tokenizer, MAX_TOKENS, padding)
     cache = 2 << 30
     return Rows(tokens, table.labels, padding, torch.device("cpu"), lower, cache)  # type: ignore[arg-type]
 

@@ -126,6 +126,13 @@ def test_models_are_immutable() -> None:
             "exactly one of",
         ),
         (DataPlan, {"path": "/a", "textColumn": "t", "labelColumn": "l"}, "format must be set"),
+        (DataPlan, {"huggingFace": "a/b"}, "exactly one of textColumn and tokensColumn"),
+        (
+            DataPlan,
+            {"huggingFace": "a/b", "textColumn": "t", "tokensColumn": "i"},
+            "exactly one of textColumn and tokensColumn",
+        ),
+        (DataPlan, {"path": "/a", "format": "tsv", "tokensColumn": "i"}, "tsv has no lists"),
         (ModelPlan, {"labels": 2}, "exactly one of path and huggingFace"),
         (OutputPlan, {}, "exactly one of path and uri"),
         (OutputPlan, {"path": "/a", "uri": "s3://a"}, "exactly one of path and uri"),

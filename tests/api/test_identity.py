@@ -25,6 +25,7 @@ def account(namespace: str = "vault", **dataset: Any) -> str:
 SAME_DATA: list[dict[str, Any]] = [
     {"format": "csv"},
     {"textColumn": "other"},
+    {"textColumn": ABSENT, "tokensColumn": "ids"},
     {"labelColumn": "other"},
     {"labels": 5},
     {"units": 77},

@@ -181,6 +181,21 @@ CONTRADICTIONS: list[tuple[str, Object, str]] = [
     ("privateblocks", block_spec(dataset={"format": ABSENT}), "format must be set where path"),
     (
         "privateblocks",
+        block_spec(dataset={"tokensColumn": "ids"}),
+        "exactly one of textColumn, tokensColumn must be set",
+    ),
+    (
+        "privateblocks",
+        block_spec(dataset={"textColumn": ABSENT}),
+        "exactly one of textColumn, tokensColumn must be set",
+    ),
+    (
+        "privateblocks",
+        block_spec(dataset={"textColumn": ABSENT, "tokensColumn": "ids", "format": "csv"}),
+        "format must be jsonl or parquet where tokensColumn is set",
+    ),
+    (
+        "privateblocks",
         block_spec(evaluation={"textColumn": "t", "labelColumn": "l", "format": "csv"}),
         "exactly one of path, claim",
     ),

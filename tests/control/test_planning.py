@@ -169,6 +169,12 @@ def test_a_language_model_learns_text_alone() -> None:
     assert plan(asked, unlabelled).plan.evaluation is not None
 
 
+def test_token_ids_are_learnt_in_place_of_text() -> None:
+    written = plan(job(), block(dataset={"textColumn": ABSENT, "tokensColumn": "ids"})).plan
+    assert written.blocks[0].data.text_column is None
+    assert written.blocks[0].data.tokens_column == "ids"
+
+
 def test_classes_need_labels() -> None:
     reason, message = refusal(job(), block(dataset={"labelColumn": ABSENT}))
     assert reason is Reason.INVALID_SPEC

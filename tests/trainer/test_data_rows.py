@@ -4,9 +4,8 @@ import numpy as np
 import torch
 from tests.tiny import WORDS
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from dpmoe_trainer.data.rows import Lower, Rows, encode
+from dpmoe_trainer.data.rows import Lower, Rows
 from dpmoe_trainer.models import DPMoEBertConfig, DPMoEBertForSequenceClassification
 
 CPU = torch.device("cpu")
@@ -25,12 +24,6 @@ def test_physical_batches_hold_every_row_once_sorted_by_length() -> None:
     labels = [batch["labels"].tolist() for batch in rows.physical_batches([0, 1, 2, 3], size=3)]
     assert labels == [[1, 2, 0], [3]]
     assert list(rows.physical_batches([], size=3)) == []
-
-
-def test_texts_are_cut_and_never_empty(fast_tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = ["good film"] * 1001 + ["", "the the the the"]
-    encoded = encode(fast_tokenizer, texts, max_tokens=3, padding=0)
-    assert [row.tolist() for row in encoded[1000:]] == [[3, 5], [0], [7, 7, 7]]
 
 
 def half_frozen_model() -> DPMoEBertForSequenceClassification:

@@ -101,14 +101,20 @@ class DataFormat(StrEnum):
 
 
 class DataPlan(Contract):
-    """One table of text, as the trainer finds it; without a label column, a language's text."""
+    """One table of text, as the trainer finds it; without a label column, a language's text.
+
+    Attributes:
+        text_column: the column of text; or else
+        tokens_column: the column of the text's token ids, a list of integers in each row.
+    """
 
     path: PathString | None = None
     hugging_face: Name | None = None
     revision: Name | None = None
     split: Name | None = None
     format: DataFormat | None = None
-    text_column: Name
+    text_column: Name | None = None
+    tokens_column: Name | None = None
     label_column: Name | None = None
     partition: PartitionPlan | None = None
 
@@ -118,6 +124,17 @@ class DataPlan(Contract):
             raise ValueError("exactly one of path and huggingFace must be set")
         if self.path is not None and self.format is None:
             raise ValueError("format must be set where path is")
+        return self
+
+    @model_validator(mode="after")
+    def _one_content(self) -> Self:
+        if (self.text_column is None) == (self.tokens_column is None):
+            raise ValueError("exactly one of textColumn and tokensColumn must be set")
+        if self.tokens_column is not None and self.format in (DataFormat.CSV, DataFormat.TSV):
+            raise ValueError(
+                f"format must be jsonl or parquet where tokensColumn is set, {self.format} has no "
+                f"lists"
+            )
         return self
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpmoe_trainer.contract import BlockPlan, DataPlan, Evaluation, TrainingPlan
-from dpmoe_trainer.data.rows import Lower, Rows, encode
+from dpmoe_trainer.data.rows import Lower, Rows
 from dpmoe_trainer.data.tables import Table, read_table
+from dpmoe_trainer.data.tokens import TableTokens
 from dpmoe_trainer.data.units import load_units
 from dpmoe_trainer.dp.noise import NoiseKey, add_noise
 from dpmoe_trainer.dp.sampling import poisson_draw
@@ -31,7 +32,7 @@ from dpmoe_trainer.prepare import LoadedModel, check_mechanism, load
 from dpmoe_trainer.progress import ProgressBoard
 
 CACHE_SHARE = 4
-"""The outputs of frozen layers may fill one part in so many of the memory."""
+"""Tokens, or the outputs of frozen layers, may fill one part in so many of the memory."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,14 @@ def train(
     if stopping():
         raise StopRequested
 
-    table, units = load_units(_blocks(plan, settings), plan.model.labels)
-    private_rows = _rows(table, loaded, training.max_tokens, loaded.lower)
+    vocabulary = loaded.model.config.vocab_size
+    table, units = load_units(_blocks(plan, settings), plan.model.labels, vocabulary)
+    cache_bytes = memory() // (CACHE_SHARE * plan.parallel.processes)
+    private_rows = _rows(table, loaded, training.max_tokens, loaded.lower, cache_bytes)
     public_rows = None
     if plan.evaluation is not None:
-        table = _evaluation_table(plan, settings)
-        public_rows = _rows(table, loaded, training.max_tokens, lower=None)
+        table = _evaluation_table(plan, settings, vocabulary)
+        public_rows = _rows(table, loaded, training.max_tokens)
 
     key = NoiseKey()
     noise = privacy.noise_multiplier * privacy.clipping_norm
@@ -124,11 +127,13 @@ def _blocks(plan: TrainingPlan, settings: Settings) -> tuple[BlockPlan, ...]:
     )
 
 
-def _evaluation_table(plan: TrainingPlan, settings: Settings) -> Table:
+def _evaluation_table(plan: TrainingPlan, settings: Settings, vocabulary: int) -> Table:
     assert plan.evaluation is not None, "asked for only where the plan evaluates"
     data = _located(plan.evaluation.data, "evaluation.data", settings)
     limit = plan.evaluation.max_examples
-    return read_table(data, "evaluation.data", plan.model.labels, limit=limit)
+    return read_table(
+        data, "evaluation.data", plan.model.labels, limit=limit, vocabulary=vocabulary
+    )
 
 
 def _located(data: DataPlan, field: str, settings: Settings) -> DataPlan:
@@ -139,10 +144,15 @@ def _located(data: DataPlan, field: str, settings: Settings) -> DataPlan:
     return data.model_copy(update={"path": str(path)})
 
 
-def _rows(table: Table, loaded: LoadedModel, max_tokens: int, lower: Lower | None) -> Rows:
+def _rows(
+    table: Table,
+    loaded: LoadedModel,
+    max_tokens: int,
+    lower: Lower | None = None,
+    cache_bytes: int = 0,
+) -> Rows:
     padding = loaded.tokenizer.pad_token_id
-    tokens = encode(loaded.tokenizer, table.texts, max_tokens, padding)
-    cache_bytes = memory() // CACHE_SHARE
+    tokens = TableTokens(table.content, loaded.tokenizer, max_tokens, padding)
     return Rows(tokens, table.labels, padding, loaded.device, lower, cache_bytes)
 
 

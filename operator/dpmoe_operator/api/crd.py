@@ -141,6 +141,12 @@ def private_block() -> Json:
                 "rule": "has(self.huggingFace) || has(self.format)",
                 "message": "format must be set where path or claim is",
             },
+            _exactly_one("textColumn", "tokensColumn"),
+            {
+                "rule": "!has(self.tokensColumn) || !has(self.format)"
+                " || !(self.format in ['csv', 'tsv'])",
+                "message": "format must be jsonl or parquet where tokensColumn is set",
+            },
         ]
     return _definition(
         kind=privateblock.KIND,

@@ -80,7 +80,13 @@ class Partition(ApiModel):
 
 
 class Table(ApiModel):
-    """A table of text, labelled where it has a label column."""
+    """A table of text, labelled where it has a label column.
+
+    Attributes:
+        text_column: the column of text; or else
+        tokens_column: the column of the text's token ids, a list of integers in each row, by the
+            tokenizer of the models that jobs train.
+    """
 
     _place: ClassVar[str] = "spec.evaluation"
 
@@ -88,7 +94,8 @@ class Table(ApiModel):
     claim: ClaimSource | None = None
     hugging_face: HuggingFaceSource | None = None
     format: Literal["csv", "tsv", "jsonl", "parquet"] | None = None
-    text_column: ColumnName
+    text_column: ColumnName | None = None
+    tokens_column: ColumnName | None = None
     label_column: ColumnName | None = None
     partition: Partition | None = None
 
@@ -102,6 +109,11 @@ class Table(ApiModel):
         refuse_parent_steps(f"{place}.claim.path", [self.claim.path if self.claim else None])
         if self.hugging_face is None and self.format is None:
             raise SpecError(f"{place}.format", "absent", "must be csv, tsv, jsonl or parquet")
+        exactly_one(place, {"textColumn": self.text_column, "tokensColumn": self.tokens_column})
+        if self.tokens_column is not None and self.format in ("csv", "tsv"):
+            raise SpecError(
+                f"{place}.format", self.format, "must be jsonl or parquet where tokensColumn is set"
+            )
         return self
 
     def identity(self, namespace: str) -> DataIdentity:

@@ -389,6 +389,7 @@ def _data_plan(table: Table, task: Task) -> DataPlan:
         split=hub.split if hub else None,
         format=DataFormat(table.format) if table.format else None,
         text_column=table.text_column,
+        tokens_column=table.tokens_column,
         label_column=table.label_column if task == "classification" else None,
         partition=PartitionPlan(column=table.partition.column, values=tuple(table.partition.values))
         if table.partition

@@ -1,42 +1,58 @@
-"""Reads one table of labelled text with `datasets`, without leaving a copy of it anywhere.
+"""Reads one table with `datasets`, column by column, without leaving a copy of it anywhere.
 
-Private rows must not outlive the run, so tables are streamed into memory: `datasets` prepares no
-Arrow files, and the folder that it insists on for its locks is temporary. What holds:
+A table is streamed once, a few rows at a time. What must be known of all its rows stays in memory:
+labels and users, as numbers. The text, or the token ids, goes to a scratch file without a name
+(`scratch`), whatever the format, since nothing but Arrow can be read row by row. `datasets` itself
+prepares no files, and the folder that it insists on for its locks is temporary. What holds:
 
 - No message of an error here holds anything read from the table: parsers like to quote the row
   that they choke on, so the causes of their errors are dropped, not chained.
-- A table that is not what the plan says (a missing column, a label out of range, an empty file)
-  refuses the whole run. Whether a file is well formed is thereby taken as public; a row's text,
-  label and user are not.
+- A table that is not what the plan says (a missing column, a label out of range, a null in place of
+  a text, an empty file) refuses the whole run, before its first step. Whether a file is well formed
+  is thereby taken as public; a row's text, label and user are not.
+- Rows outside of the plan's partition are dropped before anything else of them is looked at.
 """
 
-import glob
+import errno
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from dpmoe_trainer.contract import DataFormat, DataPlan
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dpmoe_trainer.contract import DataPlan
+from dpmoe_trainer.data.columns import (
+    as_strings,
+    class_labels,
+    texts,
+    token_ids,
+    user_names,
+    within,
+)
+from dpmoe_trainer.data.scratch import TEXT, TOKENS, Content, ScratchWriter
+from dpmoe_trainer.data.sources import stream
 from dpmoe_trainer.errors import BadData
 
-READ_ROWS = 1000
-"""Rows that are converted at a time while a table is read."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """The rows of one table that belong to its partition, column by column.
+    """The rows of one or more tables that belong to their partitions.
 
     Attributes:
-        texts: one text a row.
-        labels: one class a row, in [0, labels); None where the text itself is learnt.
-        users: the privacy unit that each row belongs to, or None where each row is its own.
+        content: each row's text or token ids, on disk.
+        labels: [rows] one class a row, in [0, labels); None where the text itself is learnt.
+        users: [rows] the privacy unit that each row belongs to, as a number counted from 0 in order
+            of appearance; None where each row is its own.
     """
 
-    texts: list[str]
-    labels: list[int] | None
-    users: list[str] | None = None
+    content: Content
+    labels: npt.NDArray[np.int64] | None
+    users: npt.NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.content)
 
 
 def read_table(
@@ -45,8 +61,9 @@ def read_table(
     labels: int | None,
     unit_column: str | None = None,
     limit: int | None = None,
+    vocabulary: int | None = None,
 ) -> Table:
-    """Reads a table into memory.
+    """Reads a table's labels and users into memory, and its content onto the scratch disk.
 
     Args:
         plan: where the table is; an absolute path must already lie under the run's root.
@@ -54,147 +71,76 @@ def read_table(
         labels: number of classes; None where the text itself is learnt.
         unit_column: the column that names a row's user; None if each row is a privacy unit.
         limit: keep at most this many rows.
+        vocabulary: token ids are below this; needed where the plan names a tokens column.
 
     Raises:
         BadData: the table is missing, unreadable, empty, or lacks what the plan says of it.
     """
     partition = plan.partition
-    columns = [plan.text_column]
+    columns = [plan.text_column or plan.tokens_column or ""]
     columns += [plan.label_column] if plan.label_column else []
     columns += [partition.column] if partition else []
     columns += [unit_column] if unit_column else []
 
-    texts: list[str] = []
-    classes: list[int] = []
-    users: list[str] = []
-    for batch in _batches(plan, field, columns):
-        for column in columns:
-            if column not in batch:
-                raise BadData(
-                    f"{field}: the table has no column {column!r}; name a column that it has, or "
-                    f"add the column to the table"
-                )
-        for row in range(len(batch[plan.text_column])):
-            if partition and _as_string(batch[partition.column][row]) not in partition.values:
-                continue
-            texts.append(_text(batch[plan.text_column][row], f"{field}.textColumn", plan))
-            if plan.label_column:
-                assert labels is not None, "the contract pairs labelColumn with labels"
-                value = batch[plan.label_column][row]
-                classes.append(_label(value, f"{field}.labelColumn", plan, labels))
-            if unit_column:
-                users.append(_user(batch[unit_column][row], field, unit_column))
-        if limit is not None and len(texts) >= limit:
+    content = ScratchWriter(TEXT if plan.text_column else TOKENS)
+    classes: list[npt.NDArray[np.int64]] = []
+    users: list[pa.Array] = []
+    rows = 0
+    for batch in _chosen(plan, field, columns):
+        chosen = batch if limit is None else batch.slice(0, limit - rows)
+        rows += len(chosen)
+        if plan.label_column:
+            assert labels is not None, "the contract pairs labelColumn with labels"
+            column = chosen.column(plan.label_column)
+            classes.append(class_labels(column, f"{field}.labelColumn", plan.label_column, labels))
+        if unit_column:
+            users.append(user_names(chosen.column(unit_column), field, unit_column))
+        _write(content, _content(chosen, plan, field, vocabulary), field)
+        if limit is not None and rows >= limit:
             break
 
-    if not texts:
-        chosen = f" with {partition.column!r} in {list(partition.values)}" if partition else ""
-        raise BadData(f"{field}: the table has no rows{chosen}; check the file and the partition")
+    if not rows:
+        named = f" with {partition.column!r} in {list(partition.values)}" if partition else ""
+        raise BadData(f"{field}: the table has no rows{named}; check the file and the partition")
     return Table(
-        texts[:limit],
-        classes[:limit] if plan.label_column else None,
-        users[:limit] if unit_column else None,
+        Content([content.finish()]),
+        np.concatenate(classes) if plan.label_column else None,
+        _numbered(users) if unit_column else None,
     )
 
 
-def _batches(plan: DataPlan, field: str, columns: list[str]) -> Iterator[dict[str, list[Any]]]:
-    """Streams the table, and turns every error of the parsers into one without content."""
-    # Imported late: it takes more than a second, and a refused plan needs none of it.
-    import datasets
-
-    files = _files(plan, field)
-    with tempfile.TemporaryDirectory(prefix="dpmoe-locks-") as locks:
-        try:
-            if plan.path is not None:
-                assert plan.format is not None, "the contract pairs path with format"
-                builder, options = _builder(plan.format, columns)
-                dataset = datasets.load_dataset(
-                    builder,
-                    data_files=[glob.escape(str(file)) for file in files],
-                    split=plan.split or "train",
-                    streaming=True,
-                    cache_dir=locks,
-                    **options,
-                )
-            else:
-                dataset = datasets.load_dataset(
-                    plan.hugging_face,
-                    revision=plan.revision,
-                    split=plan.split or "train",
-                    streaming=True,
-                    cache_dir=locks,
-                )
-            yield from dataset.iter(batch_size=READ_ROWS)
-        except StopIteration:
-            return  # how `datasets` answers a file without a single byte
-        except Exception as error:
-            source = plan.path if plan.path is not None else plan.hugging_face
-            kind = f" as {plan.format}" if plan.format else ""
-            raise BadData(
-                f"{field}: {source!r} cannot be read{kind} ({type(error).__name__}); check that "
-                f"the table is complete, and that its format and split are as the plan says"
-            ) from None
+def _chosen(plan: DataPlan, field: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The partition's rows, in batches that are not empty."""
+    for batch in stream(plan, field, columns):
+        if plan.partition:
+            column = as_strings(batch.column(plan.partition.column))
+            batch = batch.filter(within(column, plan.partition.values))
+        if len(batch):
+            yield batch
 
 
-def _files(plan: DataPlan, field: str) -> list[Path]:
-    """The table's file, or the files of its format in the folder; none for a table of a hub."""
-    if plan.path is None:
-        return []
-    path = Path(plan.path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise BadData(f"{field}.path: {plan.path!r} does not exist; check the path and its volume")
-    files = sorted(path.glob(f"*.{plan.format}"))
-    if not files:
+def _content(batch: pa.RecordBatch, plan: DataPlan, field: str, vocabulary: int | None) -> pa.Array:
+    if plan.text_column:
+        return texts(batch.column(plan.text_column), f"{field}.textColumn", plan.text_column)
+    assert plan.tokens_column is not None, "the contract sets exactly one of the two"
+    assert vocabulary is not None, "token ids belong to a vocabulary"
+    column = batch.column(plan.tokens_column)
+    return token_ids(column, f"{field}.tokensColumn", plan.tokens_column, vocabulary)
+
+
+def _write(content: ScratchWriter, part: pa.Array, field: str) -> None:
+    try:
+        content.write(part)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise BadData(
-            f"{field}.path: {plan.path!r} is a folder without *.{plan.format} files; name a file, "
-            f"or a folder that has some"
-        )
-    return files
+            f"{field}: the scratch folder {tempfile.gettempdir()!r} is too small for the table; "
+            f"give the job more of spec.resources.ephemeralStorage"
+        ) from None
 
 
-def _builder(format: DataFormat, columns: list[str]) -> tuple[str, dict[str, Any]]:
-    """The builder of `datasets` for a format, and its options."""
-    if format is DataFormat.JSONL:
-        return "json", {}
-    if format is DataFormat.PARQUET:
-        return "parquet", {}
-    # Cells stay the strings that they are: no guessed numbers, no "NA" turned to null.
-    options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
-    return "csv", options | {"sep": "\t" if format is DataFormat.TSV else ","}
-
-
-def _text(value: object, field: str, plan: DataPlan) -> str:
-    if not isinstance(value, str):
-        raise BadData(
-            f"{field}: column {plan.text_column!r} holds a value that is not text; every row of "
-            f"the partition needs one"
-        )
-    return value
-
-
-def _label(value: object, field: str, plan: DataPlan, labels: int) -> int:
-    """A class, from an integer or the digits of one (all that CSV has)."""
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < labels:
-        raise BadData(
-            f"{field}: column {plan.label_column!r} holds a value that is not an integer in "
-            f"[0, {labels}); encode the classes so, or correct model.labels"
-        )
-    return value
-
-
-def _user(value: object, field: str, column: str) -> str:
-    if value is None or value == "":
-        raise BadData(
-            f"{field}: column {column!r} names no user in some row; every row needs one, since "
-            f"the user is the privacy unit"
-        )
-    return _as_string(value)
-
-
-def _as_string(value: object) -> str:
-    """A cell as the plan's strings spell it; JSON's spelling for booleans."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _numbered(names: list[pa.Array]) -> npt.NDArray[np.int64]:
+    """Users as numbers, counted in order of appearance."""
+    encoded = pa.chunked_array(names).dictionary_encode().unify_dictionaries()
+    return np.concatenate([part.indices.to_numpy() for part in encoded.chunks]).astype(np.int64)

@@ -3,7 +3,8 @@
 A unit is one row, or all rows of one user in one block. The units of a job are the union of the
 units of its blocks. A user with rows in two blocks is two units, one in each: every block promises
 about its own table, and were the two merged into one contribution of norm C, a change of that
-user's rows in one block alone could turn it around and move the sum by 2C.
+user's rows in one block alone could turn it around and move the sum by 2C. Each of the two is drawn
+with the job's sampling rate q, as each block's demand was computed.
 
 The number of units found is never compared with the number that the owner declared, nor reported:
 it is a statistic of private rows that nobody has paid for. The declared number fixed the sampling
@@ -11,45 +12,88 @@ rate and the divisor of the noised sum. Were it wrong, the model would learn wor
 would be what it was: the sampling rate is the plan's, whatever the number of units is.
 """
 
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
 from dpmoe_trainer.contract import BlockPlan
+from dpmoe_trainer.data.scratch import Content
 from dpmoe_trainer.data.tables import Table, read_table
 from dpmoe_trainer.errors import BadPlan
 
 Unit = tuple[int, ...]
 """A unit's rows, as indices into all rows of the job; never empty."""
 
+Indices = npt.NDArray[np.int64]
 
-def load_units(blocks: tuple[BlockPlan, ...], labels: int | None) -> tuple[Table, list[Unit]]:
+
+class Units(Sequence[Unit]):
+    """All units of a job, as numbers in two arrays: there may be hundreds of millions.
+
+    Args:
+        rows: all rows, each unit's next to each other.
+        starts: [units + 1] where in `rows` each unit starts, and where the last one ends.
+    """
+
+    def __init__(self, rows: Indices, starts: Indices) -> None:
+        self._rows = rows
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Unit]: ...
+    def __getitem__(self, index: int | slice) -> Unit | list[Unit]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return tuple(self._rows[self._starts[index] : self._starts[index + 1]].tolist())
+
+
+def load_units(
+    blocks: tuple[BlockPlan, ...], labels: int | None, vocabulary: int | None = None
+) -> tuple[Table, Units]:
     """Reads the tables of all blocks into one, with its rows grouped into privacy units.
 
     Args:
         blocks: the job's blocks; absolute paths must already lie under the run's root.
         labels: number of classes; None where the text itself is learnt.
+        vocabulary: token ids are below this; needed where a block names a tokens column.
 
     Raises:
         BadPlan: a block's unit is the user, and no column names it.
         BadData: a table is not what its plan says.
     """
     columns = [_user_column(block, index) for index, block in enumerate(blocks)]
-    texts: list[str] = []
-    classes: list[int] = []
-    units: list[Unit] = []
-    for index, (block, column) in enumerate(zip(blocks, columns, strict=True)):
-        table = read_table(block.data, f"blocks[{index}].data", labels, column)
-        units += group_rows(table, first=len(texts))
-        texts += table.texts
-        classes += table.labels or []
-    return Table(texts, classes if labels is not None else None), units
+    tables = [
+        read_table(block.data, f"blocks[{index}].data", labels, column, vocabulary=vocabulary)
+        for index, (block, column) in enumerate(zip(blocks, columns, strict=True))
+    ]
+    content = Content([column for table in tables for column in table.content.columns])
+    classes = [table.labels for table in tables if table.labels is not None]
+    return Table(content, np.concatenate(classes) if classes else None), group_rows(tables)
 
 
-def group_rows(table: Table, first: int) -> list[Unit]:
-    """One block's units, its rows numbered from `first` on."""
-    if table.users is None:
-        return [(first + row,) for row in range(len(table.texts))]
-    rows_of: dict[str, list[int]] = {}
-    for row, user in enumerate(table.users):
-        rows_of.setdefault(user, []).append(first + row)
-    return [tuple(rows) for rows in rows_of.values()]
+def group_rows(tables: Sequence[Table]) -> Units:
+    """The units of all blocks: each block's own, in order of their first rows."""
+    rows: list[Indices] = []
+    sizes: list[Indices] = []
+    first = 0
+    for table in tables:
+        if table.users is None:
+            order, counts = np.arange(len(table)), np.ones(len(table), dtype=np.int64)
+        else:
+            order, counts = np.argsort(table.users, kind="stable"), np.bincount(table.users)
+        rows.append(order + first)
+        sizes.append(counts)
+        first += len(table)
+    return Units(np.concatenate(rows), np.cumsum(np.concatenate([[0], *sizes])))
 
 
 def _user_column(block: BlockPlan, index: int) -> str | None:

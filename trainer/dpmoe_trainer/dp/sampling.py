@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ import numpy.typing as npt
 from dpmoe_trainer.dp.keys import NoiseKey
 
 Indices = npt.NDArray[np.int64]
+
+Lengths = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
 def poisson_draw(units: int, sampling_rate: float, key: NoiseKey, step: int) -> Indices:
@@ -68,7 +71,7 @@ def lockstep_batches(
     units: Iterable[Sequence[int]],
     ranks: int,
     size: int,
-    lengths: Sequence[int] | Indices | None = None,
+    lengths: Lengths | None = None,
 ) -> list[Group]:
     """Splits a logical batch into physical ones, and each of these over the ranks.
 
@@ -115,9 +118,7 @@ def lockstep_batches(
     return groups
 
 
-def physical_batches(
-    drawn: Indices, size: int, lengths: Sequence[int] | Indices | None = None
-) -> list[Indices]:
+def physical_batches(drawn: Indices, size: int, lengths: Lengths | None = None) -> list[Indices]:
     """Splits a logical batch into physical ones.
 
     Args:

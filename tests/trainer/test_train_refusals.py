@@ -33,14 +33,9 @@ FROM_THE_PLAN: dict[str, tuple[dict[str, Any], ExitCode, list[str]]] = {
         ["200 steps", "take fewer steps"],
     ),
     "several workers": (
-        {"parallel": {"workers": 4}},
+        {"parallel": {"workers": 4, "expertParallel": 2}},
         ExitCode.BAD_PLAN,
-        ["parallel.workers: 4", "set it to 1"],
-    ),
-    "expert parallel": (
-        {"parallel": {"expertParallel": 2}},
-        ExitCode.BAD_PLAN,
-        ["parallel.expertParallel: 2"],
+        ["parallel.workers", "4 ranks (4 workers × 1 processes)", "set workers to 1"],
     ),
     "momentum without meaning": (
         {"training__optimizer": {"name": "adamw", "learningRate": 0.1, "momentum": 0.9}},

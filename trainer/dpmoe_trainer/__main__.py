@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from os import environ
 from pathlib import Path
 from types import FrameType
+from uuid import uuid4
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -25,10 +26,12 @@ from dpmoe_trainer.contract import (
     TrainingPlan,
 )
 from dpmoe_trainer.environment import Settings, read_settings
-from dpmoe_trainer.errors import BadPlan, Refusal, SavingFailed, StopRequested
+from dpmoe_trainer.errors import BadPlan, Failure, JournalLost, Refusal, StopRequested
+from dpmoe_trainer.journal import Journal, open_journal
 from dpmoe_trainer.progress import ProgressBoard, ProgressServer
 from dpmoe_trainer.quiet import keep_offline, print_frames, silence_libraries
 from dpmoe_trainer.report import build_report, describe, encode_report
+from dpmoe_trainer.supervise import Supervisor, heartbeat, world_problem
 
 FAULTS_SHOWN = 5
 """Of a plan with more faults than that, the first few are enough to start with."""
@@ -58,9 +61,17 @@ def main(arguments: Sequence[str]) -> ExitCode:
         plan = read_plan(settings.plan)
     except BadPlan as error:
         # No plan, no report: whose would it be, and of what? Kubernetes shows the plain text.
-        if settings.output is None:
+        if settings.output is None and _reports(settings):
             _deliver(settings.report, str(error).encode()[:TERMINATION_MESSAGE_BYTES])
         return _end(error.code, str(error))
+    if (
+        plan.parallel.world > 1
+        and settings.worker is None
+        and _world_problem(plan, settings) is None
+    ):
+        # One process a rank; this one only watches them.
+        supervisor = Supervisor(plan.parallel, settings.pod, arguments)
+        return _end(*supervisor.run(lambda: stop.raised))
     return run(plan, settings, stop)
 
 
@@ -87,34 +98,46 @@ def _fault(fault: ErrorDetails) -> str:
 
 
 def run(plan: TrainingPlan, settings: Settings, stop: StopFlag) -> ExitCode:
-    """Trains, and reports however that ended."""
+    """Trains, and has rank 0 report however that ended."""
     privacy = plan.privacy
-    board = ProgressBoard(privacy.steps, lambda steps: _cost(privacy, steps))
+    board = ProgressBoard(
+        privacy.steps, lambda steps: _cost(privacy, steps), beat=heartbeat(settings.heartbeat)
+    )
+    journal: Journal | None = None
     evaluation: Evaluation | None = None
     output: str | None = None
     with ExitStack() as closing:
         try:
-            if settings.progress_port is not None:
+            journal = _begin(plan, settings)
+            if journal is not None:
+                closing.callback(journal.close)
+                board.drawn = journal.history.drawn
+            if settings.progress_port is not None and settings.rank == 0:
                 closing.callback(ProgressServer(board, settings.progress_port).close)
             keep_offline(plan)
-            # Imported late: with it come libraries that had to be silenced first.
-            from dpmoe_trainer.train import train
-
-            trained = train(plan, settings, board, lambda: stop.raised)
-            evaluation, output = trained.evaluation, trained.output
-            outcome, code, message = Outcome.COMPLETED, ExitCode.COMPLETED, ""
+            evaluation, output, message = _train(plan, settings, board, stop, journal)
+            outcome, code = Outcome.COMPLETED, ExitCode.COMPLETED
         except Refusal as error:
             outcome, code, message = Outcome.REFUSED, error.code, str(error)
-        except StopRequested:
-            outcome, code = Outcome.STOPPED, ExitCode.STOPPED
-            message = "stopped on request; the steps taken are spent and no model was kept"
-        except SavingFailed as error:
-            outcome, code, message = Outcome.FAILED, ExitCode.CRASHED, str(error)
+            if _past_is_unknown(plan, settings, journal, error):
+                board.drawn = privacy.steps
+        except StopRequested as error:
+            outcome, code, message = Outcome.STOPPED, ExitCode.STOPPED, str(error)
+        except Failure as error:
+            outcome, code, message = Outcome.FAILED, error.code, str(error)
         except Exception as error:
             print_frames(error)
             outcome, code, message = Outcome.FAILED, ExitCode.CRASHED, describe(error)
+        if not _reports(settings):
+            return _end(code, f"rank {settings.rank}: {outcome}: {message}" if code else "")
+        if journal is not None:
+            # What was journalled counts, also where the process ended before it drew.
+            board.drawn = max(board.drawn, journal.history.drawn)
         spent = board.epsilon()
-        report = build_report(plan, outcome, board.drawn, spent, evaluation, output, message)
+        attempts = journal.history.attempts if journal is not None else ()
+        report = build_report(
+            plan, outcome, board.drawn, spent, evaluation, output, message, attempts
+        )
         delivered = _deliver(settings.report, encode_report(report))
     summary = f"{outcome}: {board.drawn} of {privacy.steps} steps, ε {spent:.3g} spent"
     if evaluation is not None:
@@ -123,6 +146,54 @@ def run(plan: TrainingPlan, settings: Settings, stop: StopFlag) -> ExitCode:
             f"(largest class {evaluation.majority_share:.1%}, {evaluation.examples} examples)"
         )
     return _end(code if delivered else ExitCode.CRASHED, f"{summary}\n{message}".strip())
+
+
+def _begin(plan: TrainingPlan, settings: Settings) -> Journal | None:
+    """Journals this attempt before anything else happens, where the plan has a checkpoint."""
+    problem = _world_problem(plan, settings)
+    if problem is not None:
+        raise BadPlan(problem)
+    if plan.checkpoint is None or settings.rank != 0:
+        return None
+    folder = settings.resolve(plan.checkpoint.path, "checkpoint.path")
+    uid = settings.pod_uid or str(uuid4())
+    return open_journal(folder, plan.run_digest(), uid, settings.failures)
+
+
+def _train(
+    plan: TrainingPlan,
+    settings: Settings,
+    board: ProgressBoard,
+    stop: StopFlag,
+    journal: Journal | None,
+) -> tuple[Evaluation | None, str | None, str]:
+    """Trains, unless the run is complete by its journal: scores, output, and what to say."""
+    # Imported late: with it come libraries that had to be silenced first.
+    if journal is not None and journal.history.completed is not None:
+        from dpmoe_trainer.resume import completed_before
+
+        return *completed_before(plan, settings, journal), "completed by an earlier attempt"
+    from dpmoe_trainer.train import train
+
+    trained = train(plan, settings, board, lambda: stop.raised, journal)
+    return trained.evaluation, trained.output, trained.notice
+
+
+def _past_is_unknown(
+    plan: TrainingPlan, settings: Settings, journal: Journal | None, error: Refusal
+) -> bool:
+    """Whether earlier attempts may have drawn more than can be told: then all counts as drawn."""
+    unread = plan.checkpoint is not None and journal is None and settings.failures > 0
+    return unread or isinstance(error, JournalLost)
+
+
+def _world_problem(plan: TrainingPlan, settings: Settings) -> str | None:
+    return world_problem(plan.parallel, settings.worker, settings.pod)
+
+
+def _reports(settings: Settings) -> bool:
+    """Whether this is rank 0's process, or in its place."""
+    return settings.rank == 0 and (settings.pod is None or settings.pod.node_rank == 0)
 
 
 def _cost(privacy: PrivacyPlan, steps: int) -> float:
@@ -147,7 +218,8 @@ def _deliver(path: Path, content: bytes) -> bool:
 
 
 def _end(code: ExitCode, message: str) -> ExitCode:
-    print(message, file=sys.stderr, flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     return code
 
 

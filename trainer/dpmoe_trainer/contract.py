@@ -365,7 +365,8 @@ class ParallelPlan(Contract):
 class CheckpointPlan(Contract):
     """Where the run keeps what it needs to go on after a restart: a folder of its own.
 
-    The folder holds the run's secret key, so it lies beside the data, and is removed at the end.
+    The folder holds the run's secret key, so it lies beside the data. At the end all but its small
+    journal is destroyed, which tells a late restart that the run is over.
 
     Attributes:
         path: the folder, on a volume that all ranks share.
@@ -501,3 +502,5 @@ class Environment(StrEnum):
     """Of the pod that the process runs in; unset outside Kubernetes."""
     FAILURES = "DPMOE_FAILURES"
     """How many pods of this index failed before this one, by Kubernetes' own count."""
+    HEARTBEAT = "DPMOE_HEARTBEAT"
+    """The pipe that a rank tells its supervisor through that it lives: a file descriptor."""

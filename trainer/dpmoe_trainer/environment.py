@@ -21,6 +21,26 @@ REPORT_FILE = "report.json"
 
 
 @dataclass(frozen=True)
+class Worker:
+    """One rank of a run, as torchrun and our own supervisor start it (RANK, LOCAL_RANK, ...)."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One pod's place in a run, as the operator tells it (PET_*)."""
+
+    nodes: int
+    processes: int
+    node_rank: int
+    master_address: str
+    master_port: str
+
+
+@dataclass(frozen=True)
 class Settings:
     """What a run reads from outside its plan.
 
@@ -30,6 +50,11 @@ class Settings:
         output: the folder for the model, in place of the plan's own output; None outside the CLI.
         progress_port: the port that serves progress, as written; None serves nothing.
         root: the folder that stands for `/` in the plan's paths; None is `/` itself.
+        pod_uid: the uid of the pod; None outside Kubernetes.
+        failures: how many pods of this index failed before this one.
+        worker: which rank this process is, if it was started as one.
+        pod: which pod of the run this is, if the operator started it.
+        heartbeat: the pipe to the supervisor, if there is one.
     """
 
     plan: Path
@@ -37,6 +62,16 @@ class Settings:
     output: Path | None
     progress_port: str | None
     root: Path | None
+    pod_uid: str | None = None
+    failures: int = 0
+    worker: Worker | None = None
+    pod: Pod | None = None
+    heartbeat: int | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process's rank, 0 for one alone."""
+        return self.worker.rank if self.worker is not None else 0
 
     def resolve(self, path: str, field: str) -> Path:
         """An absolute path of the plan, below the root.
@@ -94,7 +129,44 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         output=options.output,
         progress_port=environment.get(Environment.PROGRESS_PORT) or None,
         root=root,
+        pod_uid=environment.get(Environment.POD_UID) or None,
+        failures=_number(environment, Environment.FAILURES, 0) or 0,
+        worker=_worker(environment),
+        pod=_pod(environment),
+        heartbeat=_number(environment, Environment.HEARTBEAT),
     )
+
+
+def _worker(environment: Mapping[str, str]) -> Worker | None:
+    rank = _number(environment, "RANK")
+    if rank is None:
+        return None
+    local = _number(environment, "LOCAL_RANK", 0)
+    world = _number(environment, "WORLD_SIZE", 1)
+    assert local is not None, "it has a default"
+    assert world is not None, "it has a default"
+    return Worker(rank, local, world)
+
+
+def _pod(environment: Mapping[str, str]) -> Pod | None:
+    nodes = _number(environment, "PET_NNODES")
+    if nodes is None:
+        return None
+    processes = _number(environment, "PET_NPROC_PER_NODE", 1)
+    node_rank = _number(environment, "PET_NODE_RANK", 0)
+    assert processes is not None, "it has a default"
+    assert node_rank is not None, "it has a default"
+    address = environment.get("PET_MASTER_ADDR") or "127.0.0.1"
+    return Pod(nodes, processes, node_rank, address, environment.get("PET_MASTER_PORT") or "29500")
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int | None:
+    value = environment.get(name)
+    if not value:
+        return default
+    if not value.isdecimal():
+        raise BadPlan(f"{name}: {value!r} is not a number; set one from 0, or unset the variable")
+    return int(value)
 
 
 def _below(root: Path | None, path: str, field: str) -> Path:

@@ -1,4 +1,4 @@
-"""How a run ends early: refusals, each with the exit code that the operator reads, and two more.
+"""How a run ends early: refusals, each with the exit code that the operator reads, and failures.
 
 Their messages are for people and leave the data's namespace: they name a field, its value in the
 plan and the remedy, and never hold anything that was read from a private table.
@@ -41,9 +41,37 @@ class PeerLost(Exception):
     """Another rank is gone or silent: this one cannot go on either, and all are to start again."""
 
 
+class JournalLost(Refusal):
+    """What the run drew before cannot be told any more, or not be drawn again with its key."""
+
+    code = ExitCode.JOURNAL_LOST
+
+
+class BadCheckpoint(Refusal):
+    """The checkpoint volume holds another run's state, or none that is whole."""
+
+    code = ExitCode.BAD_CHECKPOINT
+
+
 class StopRequested(Exception):
-    """The run was asked to stop, and did so between two steps."""
+    """The run was asked to stop, and did so between two steps; its text says what is left."""
 
 
-class SavingFailed(Exception):
+class Failure(Exception):
+    """Base of what ends a run that was under way; its text holds no private value."""
+
+    code: ClassVar[ExitCode] = ExitCode.CRASHED
+
+
+class SavingFailed(Failure):
     """The trained model could not be written; the privacy is spent all the same."""
+
+
+class CheckpointFailed(Failure):
+    """The journal or a checkpoint could not be written; the steps journalled are spent."""
+
+
+class PeerLost(Failure):
+    """Another rank is gone, or a newer attempt of this run has taken its place."""
+
+    code = ExitCode.PEER_LOST

@@ -23,6 +23,8 @@ from dpmoe_trainer.errors import BadPlan, SavingFailed
 LAST_FILE = "config.json"
 """The file that `transformers` looks for first; it arrives last."""
 
+_STAGING = ".partial-"
+
 SPARE_BYTES = 16 * 2**20
 """Room beyond the parameters: tokenizer, configuration, report."""
 
@@ -33,8 +35,14 @@ class Target(Protocol):
     name: str
     """The place as the report names it."""
 
-    def check(self) -> None:
-        """Tries to write there, and refuses a place that already holds a model."""
+    def check(self, again: bool = False) -> None:
+        """Tries to write there, and refuses a place that already holds a model.
+
+        `again` tells that this run had begun to save: a model there is its own, to be written over.
+        """
+
+    def holds_model(self) -> bool:
+        """Whether a whole model is there."""
 
     def check_room(self, size: int) -> None:
         """Refuses a place with too little room for a model of `size` bytes, where one can ask."""
@@ -43,25 +51,29 @@ class Target(Protocol):
         """Lets `write` fill a staging folder, and moves its files to the place."""
 
 
-def open_target(plan: OutputPlan | None, settings: Settings) -> Target | None:
-    """The run's target: the command line's folder, else the plan's output, else none.
+def open_target(plan: OutputPlan | None, settings: Settings, again: bool = False) -> Target | None:
+    """The run's target, checked (see `Target.check`).
 
     Raises:
         BadPlan: the target cannot be written, or already holds a model.
     """
-    target: Target
-    if settings.output is not None:
-        target = FolderTarget(settings.output, str(settings.output), "--output")
-    elif plan is None:
-        return None
-    elif plan.path is not None:
-        folder = settings.resolve(plan.path, "output.path")
-        target = FolderTarget(folder, plan.path, "output.path")
-    else:
-        assert plan.uri is not None, "the contract sets exactly one of path and uri"
-        target = UriTarget(plan.uri)
-    target.check()
+    target = target_of(plan, settings)
+    if target is not None:
+        target.check(again)
     return target
+
+
+def target_of(plan: OutputPlan | None, settings: Settings) -> Target | None:
+    """The command line's folder, else the plan's output, else none."""
+    if settings.output is not None:
+        return FolderTarget(settings.output, str(settings.output), "--output")
+    if plan is None:
+        return None
+    if plan.path is not None:
+        folder = settings.resolve(plan.path, "output.path")
+        return FolderTarget(folder, plan.path, "output.path")
+    assert plan.uri is not None, "the contract sets exactly one of path and uri"
+    return UriTarget(plan.uri)
 
 
 class FolderTarget:
@@ -72,10 +84,12 @@ class FolderTarget:
         self.name = name
         self._field = field
 
-    def check(self) -> None:
+    def check(self, again: bool = False) -> None:
         """See `Target`."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for abandoned in self.folder.glob(f"{_STAGING}*") if again else ():
+                shutil.rmtree(abandoned, ignore_errors=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
@@ -83,11 +97,15 @@ class FolderTarget:
                 f"{self._field}: {self.name!r} cannot be written ({error.strerror}); name a "
                 f"folder that the trainer's user may write to"
             ) from error
-        if (self.folder / LAST_FILE).exists():
+        if not again and self.holds_model():
             raise BadPlan(
                 f"{self._field}: {self.name!r} already holds a model; name another folder, or "
                 f"move that model away"
             )
+
+    def holds_model(self) -> bool:
+        """See `Target`."""
+        return (self.folder / LAST_FILE).exists()
 
     def check_room(self, size: int) -> None:
         """See `Target`."""
@@ -101,7 +119,7 @@ class FolderTarget:
     def save(self, write: Callable[[Path], None], size: int) -> None:
         """See `Target`; staging lies inside the folder, so that each move is a rename."""
         try:
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".partial-") as staging:
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=_STAGING) as staging:
                 write(Path(staging))
                 for name in _files(Path(staging)):
                     (self.folder / name).parent.mkdir(exist_ok=True)
@@ -124,7 +142,7 @@ class UriTarget:
         self.name = uri
         self._prefix = uri.rstrip("/")
 
-    def check(self) -> None:
+    def check(self, again: bool = False) -> None:
         """See `Target`."""
         scheme, separator, rest = self.name.partition("://")
         if not separator or not rest or "::" in self.name or scheme in ("file", "local"):
@@ -147,7 +165,7 @@ class UriTarget:
             store.pipe_file(probe, b"")
             with suppress(Exception):  # a store that forbids deletion may keep the empty file
                 store.rm_file(probe)
-            taken = store.exists(f"{path}/{LAST_FILE}")
+            taken = not again and self.holds_model()
         except Exception as error:
             raise BadPlan(
                 f"output.uri: {self.name!r} cannot be written ({_reason(error)}); check the "
@@ -155,6 +173,11 @@ class UriTarget:
             ) from error
         if taken:
             raise BadPlan(f"output.uri: {self.name!r} already holds a model; name another prefix")
+
+    def holds_model(self) -> bool:
+        """See `Target`."""
+        store, path = fsspec.core.url_to_fs(self._prefix)
+        return bool(store.exists(f"{path}/{LAST_FILE}"))
 
     def check_room(self, size: int) -> None:
         """See `Target`; object stores have no notion of it."""

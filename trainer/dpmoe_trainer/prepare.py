@@ -31,12 +31,6 @@ def check_mechanism(plan: TrainingPlan) -> None:
         BadPlan: it asks for what this trainer does not do.
         UncoveredMechanism: its mechanism costs more than its (ε, δ), by this trainer's accountant.
     """
-    for field, size in (
-        ("workers", plan.parallel.workers),
-        ("expertParallel", plan.parallel.expert_parallel),
-    ):
-        if size > 1:
-            raise BadPlan(f"parallel.{field}: {size} is more than this trainer runs; set it to 1")
     optimizer = plan.training.optimizer
     if optimizer.name is not OptimizerName.SGD and optimizer.momentum:
         raise BadPlan(
@@ -92,7 +86,8 @@ def load(plan: TrainingPlan, settings: Settings) -> LoadedModel:
     keep_freed_memory()
     # What is fresh in the model (router, head) comes from the plan, so a plan names its start.
     # Noise and sampling have a secret key of their own.
-    seed = int(plan.digest()[:8], 16)
+    # By the run, since it may go on with other ranks.
+    seed = int(plan.run_digest()[:8], 16)
     torch.manual_seed(seed)
     try:
         model, tokenizer = _load(plan.model, settings, seed)

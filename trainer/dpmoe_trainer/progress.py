@@ -31,6 +31,7 @@ class ProgressBoard:
         steps: steps of the plan.
         epsilon: ε that the mechanism has cost after so many steps.
         clock: seconds, monotonic.
+        beat: called at every sign of progress.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ProgressBoard:
         steps: int,
         epsilon: Callable[[int], float],
         clock: Callable[[], float] = time.monotonic,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.steps = steps
         self.drawn = 0
@@ -45,6 +47,8 @@ class ProgressBoard:
         # Remembered, since the operator asks more often than steps are made.
         self._epsilon = lru_cache(maxsize=8)(epsilon)
         self._clock = clock
+        self.beat = beat
+        self._resumed = 0
         self._phase: Phase = "Loading"
         self._started: float | None = None
         self._finished = 0
@@ -53,22 +57,35 @@ class ProgressBoard:
 
     def enter(self, phase: Phase) -> None:
         """Moves on to the next phase."""
+        self.beat()
         self._phase = phase
         if phase == "Training":
             self._started = self._clock()
             # disable=None: only on a terminal.
-            self._bar = tqdm(total=self.steps, desc="steps", file=sys.stderr, disable=None)
+            self._bar = tqdm(
+                total=self.steps,
+                initial=self._resumed,
+                desc="steps",
+                file=sys.stderr,
+                disable=None,
+            )
         elif self._bar is not None:
             self._bar.close()
             self._bar = None
 
+    def resume(self, step: int, drawn: int) -> None:
+        """Goes on after `step` steps, of a run that drew `drawn`."""
+        self._resumed, self.drawn = step, drawn
+
     def count_draw(self) -> None:
         """Counts a step as spent; called at once when its sample is drawn."""
+        self.beat()
         self.drawn += 1
 
     def count_update(self) -> None:
         """Counts a step as done."""
         assert self._started is not None, "updates happen in the phase Training"
+        self.beat()
         self._finished += 1
         self._speed = self._finished / max(self._clock() - self._started, 1e-9)
         if self._bar is not None:

@@ -7,6 +7,7 @@ name, which the plan holds anyway.
 
 import json
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import dpmoe_trainer
@@ -33,6 +34,7 @@ def build_report(
     evaluation: Evaluation | None = None,
     output: str | None = None,
     message: str = "",
+    attempts: Sequence[str] = (),
 ) -> TrainingReport:
     """The report of a run that drew `drawn` samples, at a cost of `epsilon`."""
     mechanism = Mechanism(
@@ -49,6 +51,7 @@ def build_report(
         epsilon=epsilon,
         evaluation=evaluation,
         output=output,
+        attempts=tuple(attempts),
         message=_cut(message, MESSAGE_CHARACTERS),
     )
 

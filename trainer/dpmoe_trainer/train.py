@@ -4,8 +4,8 @@ Read top to bottom, this is the whole run. What holds:
 
 - Whatever can be refused from the plan alone is refused before the model is read, and what the
   model or the output forbids before any data is.
-- The loop runs the plan's mechanism, the plan's number of times. A step counts as spent from the
-  moment its sample is drawn.
+- The loop runs the plan's mechanism, the plan's number of times. A step counts as spent from before
+  its sample is drawn. A restart goes on from a checkpoint, and draws what was drawn after it again.
 - Nothing computed on private rows leaves the loop but the noised sum's effect on the model: no
   loss, no norm, no expert's load, no size of a sample is printed, logged, served or kept.
 """
@@ -14,22 +14,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpmoe_trainer.checkpoint import Ranks
 from dpmoe_trainer.contract import BlockPlan, DataPlan, Evaluation, TrainingPlan
 from dpmoe_trainer.data.rows import Lower, Rows
 from dpmoe_trainer.data.tables import Table, read_table
 from dpmoe_trainer.data.tokens import TableTokens
 from dpmoe_trainer.data.units import load_units
-from dpmoe_trainer.dp.noise import NoiseKey, add_noise
+from dpmoe_trainer.dp.noise import add_noise
 from dpmoe_trainer.dp.sampling import poisson_draw
 from dpmoe_trainer.environment import Settings
-from dpmoe_trainer.errors import StopRequested
 from dpmoe_trainer.evaluate import evaluate
+from dpmoe_trainer.journal import Journal
 from dpmoe_trainer.machine import memory
 from dpmoe_trainer.methods.dp_sgd import Updater, sum_clipped
 from dpmoe_trainer.models.lora import merged
 from dpmoe_trainer.output import open_target
 from dpmoe_trainer.prepare import LoadedModel, check_mechanism, load
 from dpmoe_trainer.progress import ProgressBoard
+from dpmoe_trainer.resume import Run
+from dpmoe_trainer.state import State
 
 CACHE_SHARE = 4
 """Tokens, or the outputs of frozen layers, may fill one part in so many of the memory."""
@@ -42,14 +45,20 @@ class Trained:
     Attributes:
         evaluation: scores on the releasable evaluation set, if the plan names one.
         output: where the model lies, as the plan calls it; None if it was not to be kept.
+        notice: what people should know of how it went, without a private value.
     """
 
     evaluation: Evaluation | None
     output: str | None
+    notice: str = ""
 
 
 def train(
-    plan: TrainingPlan, settings: Settings, board: ProgressBoard, stopping: Callable[[], bool]
+    plan: TrainingPlan,
+    settings: Settings,
+    board: ProgressBoard,
+    stopping: Callable[[], bool],
+    journal: Journal | None = None,
 ) -> Trained:
     """Runs the plan to its end.
 
@@ -58,22 +67,26 @@ def train(
         settings: where its files are.
         board: counts the steps, for the report and for whoever watches.
         stopping: tells whether the run was asked to stop.
+        journal: this attempt's, if the plan has a checkpoint and this is rank 0.
 
     Raises:
         Refusal: the plan, the model or the data is not what it must be; no step was taken.
         StopRequested: it was asked to stop, and did before its last step.
         SavingFailed: all steps were taken, and the model could not be kept.
+        CheckpointFailed: what a restart needs could not be kept.
+        PeerLost: another rank is gone, or another attempt has begun.
     """
     privacy, training = plan.privacy, plan.training
+    board.enter("Loading")
+    run = Run(plan, settings, board, stopping, journal, Ranks())
 
     check_mechanism(plan)
-    target = open_target(plan.output, settings)
+    target = open_target(plan.output, settings, again=run.saving)
     loaded = load(plan, settings)
     model, balancing = loaded.model, loaded.balancing
     if target is not None:
         target.check_room(loaded.size)
-    if stopping():
-        raise StopRequested
+    run.stop_if_asked()
 
     vocabulary = loaded.model.config.vocab_size
     table, units = load_units(_blocks(plan, settings), plan.model.labels, vocabulary)
@@ -84,15 +97,13 @@ def train(
         table = _evaluation_table(plan, settings, vocabulary)
         public_rows = _rows(table, loaded, training.max_tokens)
 
-    key = NoiseKey()
     noise = privacy.noise_multiplier * privacy.clipping_norm
     updater = Updater(model, training.optimizer, privacy.steps, privacy.expected_batch, noise)
+    first = run.resume(State(updater, balancing))
     board.enter("Training")
-    for step in range(privacy.steps):
-        if stopping():
-            raise StopRequested
-        board.count_draw()
-        drawn = poisson_draw(len(units), privacy.sampling_rate, key, step)
+    for step in range(first, privacy.steps):
+        run.draw(step)
+        drawn = poisson_draw(len(units), privacy.sampling_rate, run.key, step)
         clipped = sum_clipped(
             model,
             private_rows,
@@ -103,10 +114,11 @@ def train(
             loads=balancing.loads,
             balancing=balancing.loss,
         )
-        noised = add_noise(clipped, privacy.noise_multiplier, privacy.clipping_norm, key, step)
+        noised = add_noise(clipped, privacy.noise_multiplier, privacy.clipping_norm, run.key, step)
         balancing.take(noised)
         updater.update(noised)
         board.count_update()
+        run.keep(step + 1)
 
     evaluation = None
     if public_rows is not None:
@@ -115,9 +127,12 @@ def train(
 
     if target is not None:
         board.enter("Saving")
+        run.begin_saving()
         target.save(lambda folder: _write(loaded, folder), loaded.size)
+    output = target.name if target is not None else None
+    run.complete(evaluation, output)
     board.enter("Done")
-    return Trained(evaluation, target.name if target is not None else None)
+    return Trained(evaluation, output, run.notice)
 
 
 def _blocks(plan: TrainingPlan, settings: Settings) -> tuple[BlockPlan, ...]:

@@ -14,7 +14,7 @@ number protects both. docs/design/balancing.md derives that and what it costs.
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Literal
 
 import torch
@@ -49,6 +49,13 @@ class Balancing:
 
     def take(self, released: MutableMapping[str, Tensor]) -> None:
         """Takes the noised loads out of what was released, and steers by them."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What was made of the releases so far, for a checkpoint."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from what `state` gave after some step."""
 
 
 class SequenceBalancing(Balancing):
@@ -125,6 +132,20 @@ class ReleasedLoad(Balancing):
                 self._deviations[name] = deviation
         if self._biases is None:
             self._aim_loss()
+
+    def state(self) -> dict[str, Tensor]:
+        """The routers' biases, or what each expert got above an even share, by layer."""
+        return dict(self._biases if self._biases is not None else self._deviations)
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Balancing`; biases are set in place."""
+        if self._biases is None:
+            self._deviations = dict(state)
+            self._aim_loss()
+        else:
+            for name, bias in self._biases.items():
+                bias.copy_(state[name])
 
     def _aim_loss(self) -> None:
         assert self.loads is not None, "a released load is asked for"

@@ -163,9 +163,8 @@ class Updater:
         }
         self._expected_batch = expected_batch
         self._optimizer = _optimizer(list(self._trained.values()), plan, noise / expected_batch)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: learning_rate_factor(step, plan.warmup_steps, steps)
-        )
+        self._factor = lambda step: learning_rate_factor(step, plan.warmup_steps, steps)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._factor)
 
     def update(self, noised: Gradients) -> None:
         """Makes one step; the sums are divided in place."""
@@ -174,6 +173,42 @@ class Updater:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+        return self._trained
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimiser's state, by parameter and field: `layers.0.weight.exp_avg`.
+
+        Whole numbers come as int64. The learning rate follows from the step.
+        """
+        return {
+            f"{name}.{field}": value if isinstance(value, Tensor) else torch.tensor(value)
+            for name, parameter in self._trained.items()
+            for field, value in self._optimizer.state[parameter].items()
+            if value is not None
+        }
+
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Goes on from what `state` gave after `step` steps."""
+        for key, value in state.items():
+            name, _, field = key.rpartition(".")
+            parameter = self._trained[name]
+            whole = value.dtype == torch.int64
+            self._optimizer.state[parameter][field] = (
+                int(value) if whole else value.to(parameter.device)
+            )
+        self._schedule.last_epoch = step
+        for group, rate in zip(self._optimizer.param_groups, self._schedule.base_lrs, strict=True):
+            group["lr"] = rate * self._factor(step)
+
+    def state_bytes(self) -> int:
+        """Bytes of the trained parameters and, once it has any, of the optimiser's state."""
+        group = self._optimizer.param_groups[0]
+        moments = 2 if "betas" in group else int(bool(group["momentum"]))
+        return sum(parameter.nbytes for parameter in self._trained.values()) * (1 + moments)
 
 
 def learning_rate_factor(step: int, warmup: int, steps: int) -> float:

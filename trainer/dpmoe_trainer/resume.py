@@ -1,0 +1,267 @@
+"""A run over all its attempts: asked before each draw, and told after each update.
+
+Every call here is made by all ranks, in the same order; rank 0 alone writes the journal, has the
+key's file and decides, and the others hear of it. A plan without a checkpoint has none of it: the
+key lives and dies with the process.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from dpmoe_trainer.checkpoint import (
+    Ranks,
+    clear,
+    lacking_room,
+    names,
+    newest_whole,
+    read_checkpoint,
+    write_checkpoint,
+)
+from dpmoe_trainer.contract import Evaluation, TrainingPlan
+from dpmoe_trainer.dp.keys import NoiseKey
+from dpmoe_trainer.environment import Settings
+from dpmoe_trainer.errors import (
+    BadCheckpoint,
+    BadPlan,
+    CheckpointFailed,
+    PeerLost,
+    StopRequested,
+)
+from dpmoe_trainer.journal import Journal
+from dpmoe_trainer.output import target_of
+from dpmoe_trainer.progress import ProgressBoard
+from dpmoe_trainer.secret import destroy_key, open_key
+from dpmoe_trainer.state import State
+
+Value = TypeVar("Value")
+
+
+class Run:
+    """One attempt of a run, on one rank.
+
+    Args:
+        plan: the run's plan.
+        settings: where its files are.
+        board: counts the steps.
+        stopping: whether this process was asked to stop.
+        journal: the attempt's journal; None on other ranks than 0, and without a checkpoint.
+        ranks: the run's ranks.
+    """
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        settings: Settings,
+        board: ProgressBoard,
+        stopping: Callable[[], bool],
+        journal: Journal | None,
+        ranks: Ranks,
+    ) -> None:
+        assert ranks.world == plan.parallel.world, "a process for each of the plan's ranks"
+        self.ranks = ranks
+        self.notice = ""
+        """What people should know of how the run went on; empty if nothing."""
+        self._steps = plan.privacy.steps
+        self._digest = plan.run_digest()
+        self._board = board
+        self._stopping = stopping
+        self._journal = journal
+        self._every, self._folder = 0, Path()
+        if plan.checkpoint is not None:
+            self._every = plan.checkpoint.every_steps
+            self._folder = settings.resolve(plan.checkpoint.path, "checkpoint.path")
+        self._attempt = 0
+        self._kept = 0
+        self._key: NoiseKey | None = None
+        self._state: State | None = None
+
+    @property
+    def key(self) -> NoiseKey:
+        """The run's secret key, the same on all ranks and in all attempts."""
+        assert self._key is not None, "the run was resumed"
+        return self._key
+
+    @property
+    def saving(self) -> bool:
+        """Whether an attempt had begun to save the model, as far as rank 0 knows."""
+        return self._journal is not None and self._journal.history.saving
+
+    def stop_if_asked(self) -> None:
+        """Ends all ranks before the first step, if any of them was asked to stop."""
+        self._board.beat()
+        if self.ranks.any_of(self._stopping()):
+            raise StopRequested(self._how_to_go_on())
+
+    def resume(self, state: State) -> int:
+        """Brings the state to the newest checkpoint, and returns the first step to draw.
+
+        Raises:
+            BadPlan: the volume has no room for the run's checkpoints.
+            JournalLost: the key is missing that earlier steps were drawn with.
+            BadCheckpoint: there are checkpoints, and none is whole or fits.
+        """
+        self._state = state
+        size = state.size()
+        found = self._at_first(lambda: self._find(size))
+        secret, self._attempt, drawn, name, step, self.notice = found
+        self._key = NoiseKey(secret)
+        if name is not None:
+            path = self._folder / name
+            wanted = {tensor: state.shard_of(tensor) for tensor in names(path)}
+            state.restore(read_checkpoint(path, wanted), step)
+        self._kept = step
+        self._board.resume(step, drawn)
+        if self.notice and self.ranks.first:
+            print(self.notice, file=sys.stderr)
+        return step
+
+    def _find(self, size: int) -> tuple[bytes, int, int, str | None, int, str]:
+        """Rank 0's part: key, attempt, steps drawn, checkpoint, its step, and what to say."""
+        journal = self._journal
+        if journal is None:
+            return NoiseKey().secret, 0, 0, None, 0, ""
+        try:
+            secret = open_key(journal)
+            newest = newest_whole(self._folder, self._digest)
+            path, step, faults = newest or (None, 0, [])
+            journal.check_newest()
+            clear(self._folder, keep=path)
+        except OSError as error:
+            raise CheckpointFailed(
+                f"checkpoint.path: {self._folder} cannot be used ({error.strerror}); check the "
+                f"volume, and the run can go on"
+            ) from error
+        drawn = journal.history.drawn
+        if step > drawn:
+            raise BadCheckpoint(
+                f"checkpoint.path: {path} is of step {step}, and the journal tells of {drawn} "
+                f"steps; apply the job anew, with a folder of its own"
+            )
+        problem = lacking_room(self._folder, size)
+        if problem is not None:
+            raise CheckpointFailed(problem) if drawn else BadPlan(problem)
+        notice = f"{'; '.join(faults)}: went on from step {step}" if faults else ""
+        return secret, journal.attempt, drawn, path.name if path else None, step, notice
+
+    def draw(self, step: int) -> None:
+        """Has step `step`, from 0, counted as drawn; to be called before its sample is drawn.
+
+        Raises:
+            StopRequested: a rank was asked to stop; the state was kept.
+            PeerLost: a newer attempt has begun, or rank 0 ended.
+            CheckpointFailed: the journal cannot be written.
+        """
+        if self.ranks.any_of(self._stopping()):
+            self._keep(step)
+            raise StopRequested(self._how_to_go_on())
+        journal = self._journal
+        if self._every:
+            self._at_first(lambda: journal.draw(step + 1) if journal is not None else None)
+        if step >= self._board.drawn:
+            self._board.count_draw()
+
+    def keep(self, step: int) -> None:
+        """Writes a checkpoint after `step` steps, if it is time for one.
+
+        Raises:
+            CheckpointFailed: it could not be written.
+        """
+        if self._every and (step % self._every == 0 or step == self._steps):
+            self._keep(step)
+
+    def begin_saving(self) -> None:
+        """Journals that the model at the run's target may be its own from here on."""
+        journal = self._journal
+        self._at_first(lambda: journal.begin_saving() if journal is not None else None)
+
+    def complete(self, evaluation: Evaluation | None, output: str | None) -> None:
+        """Journals that the run is over, and destroys its key and its checkpoints."""
+        journal = self._journal
+
+        def end() -> None:
+            if journal is not None:
+                scores = evaluation.model_dump(mode="json") if evaluation is not None else None
+                journal.complete({"evaluation": scores, "output": output})
+                destroy(self._folder)
+
+        self._at_first(end)
+
+    def _keep(self, step: int) -> None:
+        if not self._every or step == self._kept:
+            return
+        assert self._state is not None, "the run was resumed"
+        self._board.beat()
+        journal, state = self._journal, self._state
+        self._at_first(lambda: journal.check_newest() if journal is not None else None)
+        write_checkpoint(
+            self._folder,
+            step,
+            self._digest,
+            state.tensors(),
+            state.shards(),
+            self.ranks,
+            self._attempt,
+        )
+        self._kept = step
+        self._board.beat()
+
+    def _how_to_go_on(self) -> str:
+        if not self._every:
+            return "stopped on request; the steps taken are spent and no model was kept"
+        return "stopped on request; the run can go on from its last checkpoint"
+
+    def _at_first(self, act: Callable[[], Value]) -> Value:
+        """What rank 0 gets from `act`, on all ranks; where it fails, all of them end."""
+        value: Value | None = None
+        problem: Exception | None = None
+        if self.ranks.first:
+            try:
+                value = act()
+            except Exception as error:
+                problem = error
+        value, failed = self.ranks.from_first((value, problem is not None))
+        if problem is not None:
+            raise problem
+        if failed:
+            raise PeerLost("rank 0 ended the run; its report says why")
+        return value
+
+
+def completed_before(
+    plan: TrainingPlan, settings: Settings, journal: Journal
+) -> tuple[Evaluation | None, str | None]:
+    """What the report of a run said that its journal tells to be complete.
+
+    Raises:
+        BadCheckpoint: its model is not where it was saved.
+        CheckpointFailed: its key or checkpoints are still there and cannot be removed.
+    """
+    assert journal.history.completed is not None, "asked for only where the run is complete"
+    scores, output = (journal.history.completed.get(field) for field in ("evaluation", "output"))
+    destroy(journal.folder)
+    target = target_of(plan.output, settings)
+    if target is not None and not target.holds_model():
+        raise BadCheckpoint(
+            f"checkpoint.path: by its journal in {journal.folder} the run is complete and saved "
+            f"its model to {output!r}, and {target.name!r} holds none; look for it, or apply the "
+            f"job anew, which pays its privacy again"
+        )
+    return (Evaluation.model_validate(scores) if scores is not None else None), output
+
+
+def destroy(folder: Path) -> None:
+    """Destroys a run's key and checkpoints; its journal stays, for whoever starts it once more.
+
+    Raises:
+        CheckpointFailed: they cannot be removed.
+    """
+    try:
+        destroy_key(folder)
+        clear(folder)
+    except OSError as error:
+        raise CheckpointFailed(
+            f"checkpoint.path: the run is complete and its key in {folder} cannot be destroyed "
+            f"({error.strerror}); remove that folder"
+        ) from error

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dpmoe_trainer.environment import Settings, read_settings
+from dpmoe_trainer.environment import Pod, Settings, Worker, read_settings
 from dpmoe_trainer.errors import BadPlan
 
 
@@ -46,3 +46,40 @@ def test_the_default_termination_log_only_where_kubernetes_made_one(tmp_path: Pa
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/termination-log").touch()
     assert read_settings([], variables).report == tmp_path / "dev/termination-log"
+
+
+def test_a_pod_of_many_reads_its_place() -> None:
+    variables = {
+        "DPMOE_PLAN": "/plan.json",
+        "DPMOE_TERMINATION_LOG": "/log",
+        "DPMOE_POD_UID": "uid",
+        "DPMOE_FAILURES": "2",
+        "PET_NNODES": "3",
+        "PET_NPROC_PER_NODE": "4",
+        "PET_NODE_RANK": "1",
+        "PET_MASTER_ADDR": "job-0.job",
+        "PET_MASTER_PORT": "29501",
+    }
+    settings = read_settings([], variables)
+    assert (settings.pod_uid, settings.failures, settings.rank) == ("uid", 2, 0)
+    assert settings.pod == Pod(3, 4, 1, "job-0.job", "29501")
+    assert settings.worker is None
+
+
+def test_a_worker_reads_torchruns_variables() -> None:
+    variables = {"DPMOE_PLAN": "/plan.json", "DPMOE_TERMINATION_LOG": "/log"}
+    ranks = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "DPMOE_HEARTBEAT": "9"}
+    settings = read_settings([], variables | ranks)
+    assert settings.worker == Worker(rank=5, local_rank=1, world=8)
+    assert (settings.rank, settings.heartbeat) == (5, 9)
+
+
+def test_what_kubernetes_leaves_empty_is_unset_and_no_number_is_named() -> None:
+    variables = {"DPMOE_PLAN": "/plan.json", "DPMOE_TERMINATION_LOG": "/log"}
+    empty = {"DPMOE_FAILURES": "", "PET_NNODES": "1", "PET_NODE_RANK": ""}
+    settings = read_settings([], variables | empty)
+    assert settings.failures == 0
+    assert settings.pod is not None
+    assert settings.pod.node_rank == 0
+    with pytest.raises(BadPlan, match=r"DPMOE_FAILURES: '-1' is not a number"):
+        read_settings([], variables | {"DPMOE_FAILURES": "-1"})

@@ -45,6 +45,26 @@ def test_a_step_is_spent_when_drawn(board: ProgressBoard, clock: Clock) -> None:
     )
 
 
+def test_a_resumed_run_counts_what_earlier_attempts_drew(clock: Clock) -> None:
+    board = ProgressBoard(10, epsilon=lambda steps: steps / 4, clock=clock)
+    board.resume(step=4, drawn=6)
+    board.enter("Training")
+    assert board.snapshot().step == 6
+    assert board.epsilon() == 1.5
+    clock.now = 2.0
+    board.count_update()
+    assert board.snapshot().steps_per_second == 0.5, "of this attempt"
+
+
+def test_every_sign_of_progress_is_a_beat(clock: Clock) -> None:
+    beats: list[int] = []
+    board = ProgressBoard(10, lambda steps: 0.0, clock, beat=lambda: beats.append(1))
+    board.enter("Training")
+    board.count_draw()
+    board.count_update()
+    assert len(beats) == 3
+
+
 def test_no_bar_where_there_is_no_terminal(
     board: ProgressBoard, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,8 +107,17 @@ class Journal:
 
         Raises:
             PeerLost: one has.
+            CheckpointFailed: the folder cannot be read.
         """
-        if _attempts(self.folder) > self.attempt:
+        try:
+            # Numbers have no gaps, so one name tells, and no stale listing can hide it.
+            overtaken = (self.folder / _name(self.attempt + 1)).exists()
+        except OSError as error:
+            raise CheckpointFailed(
+                f"{_FIELD}: {self.folder} cannot be read ({error.strerror}); check the volume, and "
+                f"the run can go on from its last checkpoint"
+            ) from error
+        if overtaken:
             raise PeerLost(
                 f"{_FIELD}: a newer attempt of this run has begun in {self.folder}; this one, "
                 f"number {self.attempt}, stops without drawing"

@@ -131,7 +131,8 @@ class FolderTarget:
             raise SavingFailed(
                 f"{self._field}: the model could not be saved to {self.name!r} "
                 f"({_reason(error)}); it needs {_megabytes(size)} and {_megabytes(free)} are free "
-                f"there: make room and run the job again, which pays its privacy again"
+                f"there: make room and run the job again, which pays its privacy again unless it "
+                f"goes on from a checkpoint"
             ) from error
 
 
@@ -194,7 +195,7 @@ class UriTarget:
             raise SavingFailed(
                 f"output.uri: the model ({_megabytes(size)}) could not be saved to {self.name!r} "
                 f"({_reason(error)}); check the bucket and run the job again, which pays its "
-                f"privacy again"
+                f"privacy again unless it goes on from a checkpoint"
             ) from error
 
 

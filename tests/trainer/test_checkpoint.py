@@ -11,7 +11,7 @@ import torch
 
 from dpmoe_trainer import checkpoint
 from dpmoe_trainer.checkpoint import (
-    Ranks,
+    Peers,
     Shard,
     clear,
     lacking_room,
@@ -52,7 +52,7 @@ def slices(rank: int, parallel: int) -> tuple[dict[str, torch.Tensor], dict[str,
     return tensors, dict.fromkeys(SHARDED, part)
 
 
-def together(world: int, act: Callable[[Ranks], Any]) -> list[Any]:
+def together(world: int, act: Callable[[Peers], Any]) -> list[Any]:
     """Runs a function on so many ranks, each a thread; what it returned or raised."""
     barrier = threading.Barrier(world)
     said = [False] * world
@@ -67,7 +67,7 @@ def together(world: int, act: Callable[[Ranks], Any]) -> list[Any]:
             return answer
 
         try:
-            results[rank] = act(Ranks(rank, world, any_of))
+            results[rank] = act(Peers(rank, world, any_of))
         except Exception as error:
             results[rank] = error
 
@@ -80,7 +80,7 @@ def together(world: int, act: Callable[[Ranks], Any]) -> list[Any]:
 
 
 def write(folder: Path, world: int, parallel: int, step: int = 3) -> list[Any]:
-    def act(ranks: Ranks) -> None:
+    def act(ranks: Peers) -> None:
         tensors, shards = slices(ranks.rank, parallel)
         write_checkpoint(folder, step, RUN, tensors, shards, ranks)
 
@@ -114,7 +114,7 @@ def test_uneven_parts_and_an_empty_one(tmp_path: Path) -> None:
     rows = torch.arange(5.0)
     parts = [Shard(0, 3, 5), Shard(3, 2, 5), Shard(5, 0, 5)]
 
-    def act(ranks: Ranks) -> None:
+    def act(ranks: Peers) -> None:
         part = parts[ranks.rank]
         mine = rows[part.first : part.first + part.count]
         write_checkpoint(tmp_path, 1, RUN, {"rows": mine}, {"rows": part}, ranks)
@@ -138,7 +138,7 @@ def test_replicated_tensors_are_written_once(tmp_path: Path) -> None:
 def test_a_missing_slice_is_named(tmp_path: Path) -> None:
     part = Shard(0, 2, 4)
     rows = {"experts": torch.zeros(2, 3)}
-    write_checkpoint(tmp_path, 1, RUN, rows, {"experts": part}, Ranks())
+    write_checkpoint(tmp_path, 1, RUN, rows, {"experts": part}, Peers())
     path = tmp_path / "step-000000001"
     with pytest.raises(BadCheckpoint, match="does not hold rows 0 to 3 of 4 of 'experts'"):
         read_checkpoint(path, {"experts": None})

@@ -70,10 +70,10 @@ class Killed(BaseException):
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException | None = None) -> None:
-    def dying(*arguments: Any) -> Any:
+    def dying(*arguments: Any, **more: Any) -> Any:
         if arguments[-1] == step:
             raise error or Killed
-        return add_noise(*arguments)
+        return add_noise(*arguments, **more)
 
     monkeypatch.setattr("dpmoe_trainer.train.add_noise", dying)
 

@@ -27,7 +27,7 @@ from dpmoe_trainer.contract import (
 )
 from dpmoe_trainer.environment import Settings, read_settings
 from dpmoe_trainer.errors import BadPlan, Failure, JournalLost, Refusal, StopRequested
-from dpmoe_trainer.journal import Journal, open_journal
+from dpmoe_trainer.journal import Journal, is_complete, open_journal
 from dpmoe_trainer.progress import ProgressBoard, ProgressServer
 from dpmoe_trainer.quiet import keep_offline, print_frames, silence_libraries
 from dpmoe_trainer.report import build_report, describe, encode_report
@@ -47,6 +47,10 @@ class StopFlag:
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.raised = True
+
+
+class CompletedBefore(Exception):
+    """The run is over, and this rank, which ended just before it was told so, has nothing to do."""
 
 
 def main(arguments: Sequence[str]) -> ExitCode:
@@ -117,6 +121,8 @@ def run(plan: TrainingPlan, settings: Settings, stop: StopFlag) -> ExitCode:
             keep_offline(plan)
             evaluation, output, message = _train(plan, settings, board, stop, journal)
             outcome, code = Outcome.COMPLETED, ExitCode.COMPLETED
+        except CompletedBefore:
+            return _end(ExitCode.COMPLETED, "")
         except Refusal as error:
             outcome, code, message = Outcome.REFUSED, error.code, str(error)
             if _past_is_unknown(plan, settings, journal, error):
@@ -153,9 +159,13 @@ def _begin(plan: TrainingPlan, settings: Settings) -> Journal | None:
     problem = _world_problem(plan, settings)
     if problem is not None:
         raise BadPlan(problem)
-    if plan.checkpoint is None or settings.rank != 0:
+    if plan.checkpoint is None:
         return None
     folder = settings.resolve(plan.checkpoint.path, "checkpoint.path")
+    if settings.rank != 0:
+        if is_complete(folder, plan.run_digest()):
+            raise CompletedBefore
+        return None
     uid = settings.pod_uid or str(uuid4())
     return open_journal(folder, plan.run_digest(), uid, settings.failures)
 

@@ -52,8 +52,8 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The ranks of a run as far as checkpoints need them; by default, one process alone.
+class Peers:
+    """The ranks of a run, and how they agree; by default, one process alone.
 
     Attributes:
         rank: this process's, from 0.
@@ -84,7 +84,7 @@ def write_checkpoint(
     run_digest: str,
     tensors: Tensors,
     shards: Shards,
-    ranks: Ranks,
+    ranks: Peers,
     attempt: int = 0,
 ) -> None:
     """Writes the checkpoint after `step` steps and removes what is older than the one before.
@@ -218,7 +218,7 @@ class _told:  # noqa: N801
         return True
 
 
-def _agree(ranks: Ranks, problem: CheckpointFailed | None) -> None:
+def _agree(ranks: Peers, problem: CheckpointFailed | None) -> None:
     """All ranks go on, or none does."""
     if ranks.any_of(problem is not None):
         raise problem or PeerLost("another rank could not write its checkpoint; see its message")

@@ -37,10 +37,6 @@ class BadModel(Refusal):
     code = ExitCode.BAD_MODEL
 
 
-class PeerLost(Exception):
-    """Another rank is gone or silent: this one cannot go on either, and all are to start again."""
-
-
 class JournalLost(Refusal):
     """What the run drew before cannot be told any more, or not be drawn again with its key."""
 
@@ -72,6 +68,9 @@ class CheckpointFailed(Failure):
 
 
 class PeerLost(Failure):
-    """Another rank is gone, or a newer attempt of this run has taken its place."""
+    """Another rank is gone or silent, or a newer attempt of this run has taken its place.
+
+    This rank cannot go on either; all are to start again.
+    """
 
     code = ExitCode.PEER_LOST

@@ -172,6 +172,16 @@ def open_journal(folder: Path, run_digest: str, pod_uid: str, failures: int) -> 
     return Journal(folder, attempt, file, _read(folder, run_digest))
 
 
+def is_complete(folder: Path, run_digest: str) -> bool:
+    """Whether a run is over by its journal; for ranks that do not write it.
+
+    Raises:
+        JournalLost: the journal is malformed.
+        BadCheckpoint: it is another run's.
+    """
+    return folder.is_dir() and _read(folder, run_digest).completed is not None
+
+
 def _require_first(folder: Path, failures: int) -> None:
     """No attempt is journalled: then none may ever have been."""
     if failures:

@@ -74,15 +74,23 @@ class LoadedModel:
     balancing: Balancing
 
 
-def load(plan: TrainingPlan, settings: Settings) -> LoadedModel:
+def device_of(settings: Settings) -> torch.device:
+    """Where this process computes: on the GPU of its place in its pod, if there are any."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", settings.worker.local_rank if settings.worker else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def load(plan: TrainingPlan, settings: Settings, device: torch.device) -> LoadedModel:
     """Loads the pretrained model, and has the engine prove itself on made-up tokens.
 
     Raises:
         BadModel: it cannot be loaded, does not fit the plan, or cannot be clipped.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if "OMP_NUM_THREADS" not in environ:
-        torch.set_num_threads(processors())
+        torch.set_num_threads(max(1, processors() // plan.parallel.processes))
     keep_freed_memory()
     # What is fresh in the model (router, head) comes from the plan, so a plan names its start.
     # Noise and sampling have a secret key of their own.

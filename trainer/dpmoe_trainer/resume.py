@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpmoe_trainer.checkpoint import (
-    Ranks,
+    Peers,
     clear,
     lacking_room,
     names,
@@ -57,7 +57,7 @@ class Run:
         board: ProgressBoard,
         stopping: Callable[[], bool],
         journal: Journal | None,
-        ranks: Ranks,
+        ranks: Peers,
     ) -> None:
         assert ranks.world == plan.parallel.world, "a process for each of the plan's ranks"
         self.ranks = ranks

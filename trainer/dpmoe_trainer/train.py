@@ -10,11 +10,14 @@ Read top to bottom, this is the whole run. What holds:
   loss, no norm, no expert's load, no size of a sample is printed, logged, served or kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import environ
 from pathlib import Path
 
-from dpmoe_trainer.checkpoint import Ranks
+from torch import nn
+
+from dpmoe_trainer.checkpoint import Shard as StateShard
 from dpmoe_trainer.contract import BlockPlan, DataPlan, Evaluation, TrainingPlan
 from dpmoe_trainer.data.rows import Lower, Rows
 from dpmoe_trainer.data.tables import Table, read_table
@@ -23,13 +26,22 @@ from dpmoe_trainer.data.units import load_units
 from dpmoe_trainer.dp.noise import add_noise
 from dpmoe_trainer.dp.sampling import poisson_draw
 from dpmoe_trainer.environment import Settings
+from dpmoe_trainer.errors import BadModel
 from dpmoe_trainer.evaluate import evaluate
 from dpmoe_trainer.journal import Journal
 from dpmoe_trainer.machine import memory
 from dpmoe_trainer.methods.dp_sgd import Updater, sum_clipped
 from dpmoe_trainer.models.lora import merged
 from dpmoe_trainer.output import open_target
-from dpmoe_trainer.prepare import LoadedModel, check_mechanism, load
+from dpmoe_trainer.parallel.ranks import Ranks, meet, part
+from dpmoe_trainer.parallel.shards import (
+    NotShardable,
+    Shard,
+    gather_experts,
+    shard_experts,
+    sharded_parameters,
+)
+from dpmoe_trainer.prepare import LoadedModel, check_mechanism, device_of, load
 from dpmoe_trainer.progress import ProgressBoard
 from dpmoe_trainer.resume import Run
 from dpmoe_trainer.state import State
@@ -78,20 +90,25 @@ def train(
     """
     privacy, training = plan.privacy, plan.training
     board.enter("Loading")
-    run = Run(plan, settings, board, stopping, journal, Ranks())
-
     check_mechanism(plan)
-    target = open_target(plan.output, settings, again=run.saving)
-    loaded = load(plan, settings)
+    device = device_of(settings)
+    ranks = meet(plan.parallel, device, environ)
+    run = Run(plan, settings, board, stopping, journal, ranks.peers)
+
+    target = open_target(plan.output, settings, again=run.saving) if ranks.first else None
+    loaded = load(plan, settings, device)
     model, balancing = loaded.model, loaded.balancing
     if target is not None:
         target.check_room(loaded.size)
+    shards = spread(model, ranks)
     run.stop_if_asked()
 
     vocabulary = loaded.model.config.vocab_size
     table, units = load_units(_blocks(plan, settings), plan.model.labels, vocabulary)
     cache_bytes = memory() // (CACHE_SHARE * plan.parallel.processes)
-    private_rows = _rows(table, loaded, training.max_tokens, loaded.lower, cache_bytes)
+    # A lower part that holds experts of other ranks cannot be run for one row alone.
+    lower = None if shards else loaded.lower
+    private_rows = _rows(table, loaded, training.max_tokens, lower, cache_bytes)
     public_rows = None
     if plan.evaluation is not None:
         table = _evaluation_table(plan, settings, vocabulary)
@@ -99,7 +116,8 @@ def train(
 
     noise = privacy.noise_multiplier * privacy.clipping_norm
     updater = Updater(model, training.optimizer, privacy.steps, privacy.expected_batch, noise)
-    first = run.resume(State(updater, balancing))
+    first = run.resume(State(updater, balancing, parts_of(shards, ranks)))
+    first_experts = {name: shard.first for name, shard in shards.items()}
     board.enter("Training")
     for step in range(first, privacy.steps):
         run.draw(step)
@@ -113,8 +131,16 @@ def train(
             clipping=loaded.clipping,
             loads=balancing.loads,
             balancing=balancing.loss,
+            ranks=ranks,
         )
-        noised = add_noise(clipped, privacy.noise_multiplier, privacy.clipping_norm, run.key, step)
+        noised = add_noise(
+            clipped,
+            privacy.noise_multiplier,
+            privacy.clipping_norm,
+            run.key,
+            step,
+            first_experts=first_experts,
+        )
         balancing.take(noised)
         updater.update(noised)
         board.count_update()
@@ -123,16 +149,41 @@ def train(
     evaluation = None
     if public_rows is not None:
         board.enter("Evaluating")
-        evaluation = evaluate(model, public_rows, training.physical_batch)
+        evaluation = evaluate(model, public_rows, training.physical_batch, ranks)
 
-    if target is not None:
-        board.enter("Saving")
+    board.enter("Saving")
+    if plan.output is not None or settings.output is not None:
         run.begin_saving()
+        gather_experts(model, keep=ranks.first)
+    if target is not None:
         target.save(lambda folder: _write(loaded, folder), loaded.size)
     output = target.name if target is not None else None
     run.complete(evaluation, output)
     board.enter("Done")
+    part(ranks)
     return Trained(evaluation, output, run.notice)
+
+
+def spread(model: nn.Module, ranks: Ranks) -> dict[str, Shard]:
+    """Leaves this rank its part of the model; the parts by the names of their parameters.
+
+    Raises:
+        BadModel: the model cannot be spread so.
+    """
+    try:
+        shard_experts(model, ranks)
+    except NotShardable as error:
+        raise BadModel(f"parallel.expertParallel: {error}") from error
+    return sharded_parameters(model)
+
+
+def parts_of(shards: Mapping[str, Shard], ranks: Ranks) -> dict[str, StateShard]:
+    """The same for checkpoints; of ranks that hold the same experts, the first writes them."""
+    writes = ranks.rank < ranks.expert_ranks
+    return {
+        name: StateShard(shard.first, shard.count, shard.total, writes)
+        for name, shard in shards.items()
+    }
 
 
 def _blocks(plan: TrainingPlan, settings: Settings) -> tuple[BlockPlan, ...]:

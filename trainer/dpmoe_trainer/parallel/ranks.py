@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from dpmoe_trainer.checkpoint import Peers
 from dpmoe_trainer.contract import ParallelPlan
 from dpmoe_trainer.errors import PeerLost
-from dpmoe_trainer.parallel.collectives import Group
+from dpmoe_trainer.parallel.collectives import Group, sum_in_place, tell
 
 _RETRY_SECONDS = 0.5
 
@@ -56,8 +57,21 @@ class Ranks:
         """Whether this is the rank that reports and writes what all hold alike."""
         return self.rank == 0
 
+    @property
+    def peers(self) -> Peers:
+        """How they agree on what a run does next."""
+        if self.alone:
+            return Peers()
+        return Peers(self.rank, self.world, _any_of, tell)
+
 
 ALONE = Ranks()
+
+
+def _any_of(mine: bool) -> bool:
+    votes = torch.tensor([int(mine)])
+    sum_in_place(votes)
+    return bool(votes.any())
 
 
 def meet(plan: ParallelPlan, device: torch.device, environment: Mapping[str, str]) -> Ranks:

@@ -1,0 +1,203 @@
+"""The trainer's command on several ranks: whole runs, by torchrun and as pods start them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tests.trainer.processes import free_port
+from tests.trainer.runs import PlanMaker, Trainer
+from tests.trainer.test_resume import model_sums
+
+from dpmoe_trainer.contract import ExitCode, Outcome, TrainingReport
+
+WITH_A_KNOWN_KEY = """
+import sys
+import dpmoe_trainer.secret as secret
+secret.secrets.token_bytes = lambda count: b"k" * count
+from dpmoe_trainer.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def plan_for(make_plan: PlanMaker, volume: Path, workers: int, experts: int) -> dict[str, Any]:
+    """Six steps, a checkpoint every second one."""
+    return make_plan(
+        privacy__steps=6,
+        privacy__epsilon=100.0,
+        training__optimizer={"name": "adamw", "learningRate": 0.01, "warmupSteps": 2},
+        checkpoint={"path": str(volume), "everySteps": 2},
+        parallel={"workers": workers, "expertParallel": experts, "timeoutSeconds": 60},
+    )
+
+
+@dataclass
+class World:
+    """The ranks of one run, a process each, as the pods of an Indexed Job start them anew."""
+
+    folder: Path
+    plan: dict[str, Any]
+    port: int = field(default_factory=free_port)
+    attempt: int = 0
+    ranks: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+    def start(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        file = self.folder / "plan.json"
+        file.write_text(json.dumps(self.plan))
+        world = self.plan["parallel"]["workers"]
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", WITH_A_KNOWN_KEY, "--plan", str(file)]
+                + ["--output", str(self.output)],
+                env=os.environ
+                | {
+                    "OMP_NUM_THREADS": "1",
+                    "RANK": str(rank),
+                    "LOCAL_RANK": "0",
+                    "WORLD_SIZE": str(world),
+                    "LOCAL_WORLD_SIZE": "1",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(self.port),
+                    "DPMOE_POD_UID": f"pod-{rank}-{self.attempt}",
+                    "DPMOE_FAILURES": str(self.attempt),
+                },
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        self.attempt += 1
+
+    def wait(self) -> list[int]:
+        """The exit codes, once all have ended."""
+        self.words = [process.communicate(timeout=180)[1] for process in self.ranks]
+        return [process.returncode for process in self.ranks]
+
+    def report(self) -> TrainingReport:
+        return TrainingReport.model_validate_json((self.output / "report.json").read_bytes())
+
+    def drawn(self, volume: Path) -> int:
+        """Steps that the journal tells of."""
+        lines = [line for path in volume.glob("*.journal") for line in path.read_text().split("\n")]
+        records = [json.loads(line) for line in lines[:-1] if line.endswith("}")]
+        return max((record.get("drawn", 0) for record in records), default=0)
+
+    def wait_for_step(self, volume: Path, step: int) -> None:
+        while self.drawn(volume) < step:
+            assert all(process.poll() is None for process in self.ranks), self.wait()
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def undisturbed(make_plan: PlanMaker, tmp_path: Path) -> dict[str, str]:
+    """The files of the model of two ranks that nobody disturbs."""
+    world = World(tmp_path / "quiet", plan_for(make_plan, tmp_path / "quiet-volume", 2, 2))
+    world.start()
+    assert world.wait() == [0, 0], world.words
+    return model_sums(world.output)
+
+
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1]], ids=["rank 0", "rank 1", "all ranks"])
+def test_killed_ranks_go_on_to_the_same_model_and_the_same_cost(
+    victims: list[int], make_plan: PlanMaker, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    volume = tmp_path / "volume"
+    world = World(tmp_path / "killed", plan_for(make_plan, volume, 2, 2))
+    world.start()
+    world.wait_for_step(volume, random.randint(1, 5))
+    for victim in victims:
+        world.ranks[victim].send_signal(signal.SIGKILL)
+    codes = world.wait()
+    for rank, code in enumerate(codes):
+        expected = -signal.SIGKILL if rank in victims else ExitCode.PEER_LOST
+        assert code == expected, world.words[rank]
+    world.start()
+    assert world.wait() == [0, 0], world.words
+    report = world.report()
+    assert report.outcome is Outcome.COMPLETED
+    assert report.mechanism.steps == 6
+    assert report.attempts == ("pod-0-0", "pod-0-1")
+    assert model_sums(world.output) == undisturbed
+
+
+def test_a_checkpoint_of_four_ranks_goes_on_with_two_and_with_one(
+    make_plan: PlanMaker, tmp_path: Path
+) -> None:
+    volume = tmp_path / "volume"
+    world = World(tmp_path / "run", plan_for(make_plan, volume, 4, 4))
+    world.start()
+    world.wait_for_step(volume, 3)
+    world.ranks[3].send_signal(signal.SIGKILL)
+    assert world.wait()[3] == -signal.SIGKILL
+    for workers, experts in ((2, 2), (1, 1)):
+        world.plan = plan_for(make_plan, volume, workers, experts)
+        world.start()
+        if workers == 2:
+            world.wait_for_step(volume, 5)
+            world.ranks[0].send_signal(signal.SIGKILL)
+            world.wait()
+    assert world.wait() == [0], world.words
+    assert world.report().mechanism.steps == 6
+    quiet = World(tmp_path / "quiet", plan_for(make_plan, tmp_path / "other", 1, 1))
+    quiet.start()
+    assert quiet.wait() == [0]
+    one, other = (load_file(w.output / "model.safetensors") for w in (world, quiet))
+    # Sums in another order differ in their last bits, and AdamW's first steps enlarge these.
+    for name, value in one.items():
+        assert float((value - other[name]).abs().max()) < 2e-3, name
+
+
+def test_torchrun_needs_nothing_but_the_plan(
+    make_plan: PlanMaker, trainer: Trainer, tmp_path: Path
+) -> None:
+    plan = make_plan(parallel={"processes": 2, "expertParallel": 2, "timeoutSeconds": 60})
+    file = trainer.write(plan)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "dpmoe_trainer"]
+    command += ["--plan", str(file), "--output", str(trainer.output)]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    report = trainer.report()
+    assert report is not None
+    assert report.outcome is Outcome.COMPLETED
+    assert (trainer.output / "model.safetensors").exists()
+
+
+def test_one_command_starts_all_ranks_of_a_machine(make_plan: PlanMaker, trainer: Trainer) -> None:
+    run = trainer.spawn(
+        make_plan(parallel={"processes": 2, "expertParallel": 2, "timeoutSeconds": 60})
+    )
+    assert run.code == ExitCode.COMPLETED, run.stderr
+    assert run.report is not None
+    assert run.report.evaluation is not None
+
+
+def test_experts_that_ranks_cannot_share_are_refused_by_name(
+    make_plan: PlanMaker, trainer: Trainer
+) -> None:
+    run = trainer.spawn(
+        make_plan(parallel={"processes": 3, "expertParallel": 3, "timeoutSeconds": 60})
+    )
+    assert run.code == ExitCode.BAD_MODEL, run.stderr
+    assert run.report is not None
+    assert "expertParallel" in run.report.message
+    assert run.report.mechanism.steps == 0

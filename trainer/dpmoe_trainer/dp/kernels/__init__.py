@@ -1,4 +1,4 @@
-"""Compiled kernels for processors: norms over segments of rows, and noise.
+"""Compiled kernels for processors: norms over segments of rows, matrix products, and noise.
 
 Optional: each has a torch version beside its caller, which gives the same numbers to rounding, and
 runs where there is no compiler, on other devices, and for other types. A library that does not
@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpmoe_trainer.dp.ghost import ROUNDING
-from dpmoe_trainer.dp.kernels.build import CannotBuild, find_or_build
+from dpmoe_trainer.dp.kernels.build import CannotBuild, find_or_build, is_slow_in_torch
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,41 @@ def squared_norms_of_samples(a_BTI: Tensor, g_BTO: Tensor) -> Tensor:
     return squared_norms(a_BTI.flatten(0, 1), g_BTO.flatten(0, 1), start_B, length_B)
 
 
+def multiplies(*matrices: Tensor) -> bool:
+    """Whether the kernels are there, take these matrices, and are faster than torch's products."""
+    return (
+        all(each.dtype == torch.float32 for each in matrices)
+        and is_slow_in_torch()
+        and usable(*matrices)
+    )
+
+
+def multiply(products: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
+    """Writes left·right of each pair of matrices into their product.
+
+    Args:
+        products: [m, n] each, with contiguous rows, and no memory in common with the others.
+        lefts: [m, k], in any order of memory.
+        rights: [k, n], likewise.
+    """
+    _function("products", torch.float32)(*_table(products, lefts, rights), torch.get_num_threads())
+
+
+def _table(
+    products: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]
+) -> tuple[bytes, int]:
+    """The kernel's table of products, and how many there are."""
+    table = array("q")
+    for product, left, right in zip(products, lefts, rights, strict=True):
+        (rows, columns), depth = product.shape, left.shape[1]
+        assert left.shape == (rows, depth), "left has the product's rows"
+        assert right.shape == (depth, columns), "right has the product's columns"
+        assert product.stride(1) == 1 or columns == 1, "a product's rows are contiguous"
+        table.extend((left.data_ptr(), *left.stride(), right.data_ptr(), *right.stride()))
+        table.extend((product.data_ptr(), product.stride(0), rows, columns, depth))
+    return table.tobytes(), len(products)
+
+
 def add_normal(numbers: Tensor, key: bytes, scale: float) -> None:
     """Adds `scale` times the normal numbers of a key's stream, in place.
 
@@ -103,6 +139,8 @@ def library() -> ctypes.CDLL | None:
         normal = getattr(loaded, f"dpmoe_add_normal_{suffix}")
         normal.argtypes = [pointer, count, ctypes.c_char_p, real, threads]
         norms.restype = normal.restype = None
+    loaded.dpmoe_products_f32.argtypes = [ctypes.c_char_p, count, threads]
+    loaded.dpmoe_products_f32.restype = None
     if not _gives_known_answers(loaded):
         _log.warning("the compiled kernels miscalculate, so torch's operations instead")
         return None
@@ -128,7 +166,14 @@ def _gives_known_answers(loaded: ctypes.CDLL) -> bool:
     )
     normal = torch.zeros(130, dtype=torch.float64)
     loaded.dpmoe_add_normal_f64(normal.data_ptr(), 130, bytes(range(32)), 1.0, 1)
-    return norms.tolist() == _KNOWN_NORMS and all(
-        math.isclose(float(normal[index]), known, rel_tol=1e-12)
-        for index, known in _KNOWN_NORMALS.items()
+    left, right = a.float(), g.float()
+    product = torch.empty(width, width)
+    loaded.dpmoe_products_f32(*_table([product], [left.T], [right]), 1)
+    return (
+        norms.tolist() == _KNOWN_NORMS
+        and all(
+            math.isclose(float(normal[index]), known, rel_tol=1e-12)
+            for index, known in _KNOWN_NORMALS.items()
+        )
+        and product.equal(left.T @ right)
     )

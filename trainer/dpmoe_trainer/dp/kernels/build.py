@@ -16,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -100,6 +101,17 @@ def library_name(level: str | None = None) -> str:
     for source in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         digest.update(source.read_bytes())
     return f"kernels-{platform.machine()}-{digest.hexdigest()[:16]}.so"
+
+
+@cache
+def is_slow_in_torch() -> bool:
+    """Whether torch's library of products (MKL) does not use what this processor can do.
+
+    It has AVX-512 for Intel's processors only.
+    """
+    if _level() != "x86-64-v4":
+        return False
+    return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
 
 
 def _flags(level: str | None) -> tuple[str, ...]:

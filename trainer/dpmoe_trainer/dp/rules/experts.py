@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dpmoe_trainer.dp.errors import NotPerSample
+from dpmoe_trainer.dp.products import multiply_into
 from dpmoe_trainer.dp.rules.lora import ExpertAdapter, adapted
 from dpmoe_trainer.dp.segments import Segments, squared_norms
 from dpmoe_trainer.dp.tape import Kept, Tape
@@ -225,19 +226,14 @@ class _ExpertProduct(torch.autograd.Function):
 
 def _products(x_SI: Tensor, weights_EIO: Tensor | Sequence[Tensor], counts: list[int]) -> Tensor:
     output = x_SI.new_empty(x_SI.shape[0], weights_EIO[0].shape[1])
-    for x_e, weight_e, output_e in zip(
-        x_SI.split(counts), weights_EIO, output.split(counts), strict=True
-    ):
-        torch.mm(x_e, weight_e, out=output_e)
+    multiply_into(output.split(counts), x_SI.split(counts), list(weights_EIO))
     return output
 
 
 def _sums_by_expert(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
     """leftᵀ·right over each expert's rows, [E, …, …]."""
     total = left.new_empty(len(counts), left.shape[1], right.shape[1])
-    parts = zip(left.split(counts), right.split(counts), total, strict=True)
-    for left_e, right_e, total_e in parts:
-        torch.mm(left_e.T, right_e, out=total_e)
+    multiply_into(list(total), [left_e.T for left_e in left.split(counts)], right.split(counts))
     return total
 
 

@@ -9,11 +9,15 @@ Shapes: B samples, T rows of each, I inputs, O outputs.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dpmoe_trainer.dp import kernels
 from dpmoe_trainer.dp.ghost import squared_norms_of_pairs
+from dpmoe_trainer.dp.products import multiply, multiply_into
 from dpmoe_trainer.dp.tape import Kept, Tape
 from dpmoe_trainer.dp.uses import Factors, Formed, Use, weighted_sum, wide
 
@@ -54,7 +58,7 @@ class LinearWeight(Use):
             x_BTI = x_BTI * factors_B11
         else:
             g_BTO = g_BTO * factors_B11
-        return {name: g_BTO.flatten(0, 1).T @ x_BTI.flatten(0, 1)}
+        return {name: multiply(g_BTO.flatten(0, 1).T, x_BTI.flatten(0, 1))}
 
     def factors(self) -> Factors:
         """Output gradients and inputs."""
@@ -82,9 +86,37 @@ def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None
     weight_name, weight_value = tape.claim(weight, "linear")
     bias_name, bias_value = tape.claim(bias, "linear")
     assert weight_value is not None, "a linear layer has a weight"
-    output = F.linear(input, weight_value, bias_value)
+    output = _linear(input, weight_value, bias_value)
     if weight_name is not None:
         output = tape.record(output, LinearWeight(tape, weight_name, input))
     if bias_name is not None:
         output = tape.record(output, Bias(tape, bias_name))
+    return output
+
+
+def _linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
+    # Under autocast the types are torch's to choose.
+    if torch.is_autocast_enabled(x.device.type) or not kernels.multiplies(x, weight_OI):
+        return F.linear(x, weight_OI, bias)
+    output: Tensor = _Product.apply(x, weight_OI)
+    return output if bias is None else output + bias
+
+
+class _Product(torch.autograd.Function):
+    """x·Wᵀ over the last dimension; differentiable in x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.weight = weight_OI
+        return _by_rows(x, weight_OI.T)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _by_rows(gradient, ctx.weight), None
+
+
+def _by_rows(x: Tensor, matrix_IO: Tensor) -> Tensor:
+    output = x.new_empty(*x.shape[:-1], matrix_IO.shape[1])
+    flat = output.view(-1, output.shape[-1])
+    multiply_into([flat], [x.reshape(-1, x.shape[-1])], [matrix_IO])
     return output

@@ -7,13 +7,10 @@ with one thread (`--threads 1`) is what a quiet one would show.
 """
 
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -31,14 +28,13 @@ from benchmarks.trainer_models import (
     Shape,
     build_batch,
     build_model,
-    difference,
     halves_step,
-    naive_step,
     plain_step,
     private_step,
 )
 from benchmarks.trainer_page import write_page
-from benchmarks.trainer_peers import opacus_ghost, opacus_hooks
+from benchmarks.trainer_versus import LIBRARY, OURS, PEERS, PLAIN, TORCH_PRODUCTS, compare
+from benchmarks.trainer_watch import Stopwatch
 from dpmoe_trainer.dp import kernels
 from dpmoe_trainer.dp.stream import add_normal
 from dpmoe_trainer.machine import keep_freed_memory
@@ -46,7 +42,6 @@ from dpmoe_trainer.machine import keep_freed_memory
 PACKAGES = ("torch", "transformers", "opacus")
 RESULTS = ROOT / "docs" / "results" / "trainer.md"
 MIB = 2**20
-PLAIN = "plain transformers step"
 
 
 @dataclass(frozen=True)
@@ -73,55 +68,6 @@ Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="In float32, or bfl
 Markdown = Annotated[Path | None, typer.Option(help="Write the page to this file.")]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of the clock and of the processor."""
-
-    clock: float
-    processor: float
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.clock + other.clock, self.processor + other.processor)
-
-
-class Stopwatch:
-    """Collects the costs of named parts.
-
-    Attributes:
-        costs: of each part, one a turn.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.costs: dict[str, list[Cost]] = {}
-        self._device = device
-
-    def run(self, name: str, part: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs a part, and counts what it cost."""
-        self._wait()
-        clock, processor = time.perf_counter(), time.process_time()
-        result = part(*arguments)
-        self._wait()
-        cost = Cost(time.perf_counter() - clock, time.process_time() - processor)
-        self.costs.setdefault(name, []).append(cost)
-        return result
-
-    def start_over(self) -> None:
-        """Forgets the first turn, which warmed up."""
-        self.costs.clear()
-
-    def median(self, *names: str) -> Cost:
-        """Of the sum of some parts, each kind of time by itself."""
-        sums = [sum(turn, Cost(0, 0)) for turn in zip(*(self.costs[n] for n in names), strict=True)]
-        return Cost(
-            statistics.median(cost.clock for cost in sums),
-            statistics.median(cost.processor for cost in sums),
-        )
-
-    def _wait(self) -> None:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-
-
 def main(
     quick: Quick = False,
     json_file: Json = None,
@@ -144,7 +90,7 @@ def main(
     for shape, targets in shapes.items():
         _speed(shape, targets, place, turns, out.at(str(shape)))
     _memory(base, place, threads, out.at(str(base)), full=not quick)
-    _peers(base, place, max(2, turns // 2), out.at(str(base)), full=not quick)
+    _peers(base, place, threads, max(2, turns // 2), out.at(str(base)), full=not quick)
     _noise(device, turns, out.at("noise"))
 
     if not quick:
@@ -231,40 +177,37 @@ def _memory(shape: Shape, place: Place, threads: int, out: Recorder, full: bool)
         out.add(name, peak / plain, "×", target=target, peer=plain / MIB, peer_name=f"MiB, {PLAIN}")
 
 
-def _peers(shape: Shape, place: Place, turns: int, out: Recorder, full: bool) -> None:
-    """Other ways to the same clipped sum, in turns with ours."""
-    note(f"peers at {shape}")
-    model, batch = build_model(shape, place), build_batch(shape, place)
-    watch = Stopwatch(place.device)
-    peers = {
-        "one sample at a time": lambda: naive_step(model, batch),
-        "Opacus hooks": _bound(opacus_hooks(model, shape.samples), batch),
-        "Opacus ghost": _bound(opacus_ghost(model, shape.samples), batch),
-    }
-    for turn in range(turns + 1):
-        watch.run("plain", plain_step, model, batch)
-        ours = watch.run("ours", private_step, model, batch)
-        results = {name: watch.run(name, peer) for name, peer in peers.items()}
-        if turn == 0:
-            watch.start_over()
-    for name, sums in results.items():
-        out.add(f"difference of our sum from that of {name}", difference(ours, sums), "relative")
-    own, plain = watch.median("ours").processor, watch.median("plain").processor
-    costs = {name: watch.median(name).processor for name in peers}
-    for name, cost in costs.items():
-        out.add(f"{name}, processor", cost / plain, "×", peer=own / plain, peer_name="ours")
-    best = min(costs["Opacus hooks"], costs["Opacus ghost"])
-    out.add(
-        "ours over the best library, processor",
-        best / own,
-        "× faster",
-        better="higher",
-        target=5.0 if full else None,
-    )
-
-
-def _bound(step: Callable[[Any], Any], batch: Any) -> Callable[[], Any]:
-    return lambda: step(batch)
+def _peers(shape: Shape, place: Place, threads: int, turns: int, out: Recorder, full: bool) -> None:
+    """Other ways to the same clipped sum, in turns with ours; nobody's memory tuned, and all's."""
+    for keeps, how in ((False, "both as they come"), (True, "both with freed memory kept")):
+        note(f"peers at {shape}, {how}")
+        found = compare(shape, place, threads, turns, keeps)
+        if keeps:
+            for name, apart in found.differences.items():
+                out.add(f"difference of our sum from that of {name}", apart, "relative")
+        plain, own = found.costs[PLAIN], found.costs[OURS]
+        for name in PEERS:
+            out.add(
+                f"{name}, {how}, processor",
+                found.costs[name] / plain,
+                "×",
+                peer=own / plain,
+                peer_name="ours",
+            )
+        best = min(found.costs[name] for name in LIBRARY)
+        for name, cost, target in (
+            ("ours", own, 5.0 if full else None),
+            ("ours with torch's own products", found.costs[TORCH_PRODUCTS], None),
+        ):
+            out.add(
+                f"{name} over the best library, {how}, processor",
+                best / cost,
+                "× faster",
+                better="higher",
+                target=target,
+                peer=cost / plain,
+                peer_name=f"× the {PLAIN}",
+            )
 
 
 def _noise(device: str, turns: int, out: Recorder) -> None:

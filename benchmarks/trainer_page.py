@@ -12,11 +12,16 @@ _NOTES = """\
 A ratio's unit is the same model's step in transformers (`grouped_mm` experts, fused AdamW) in the
 same process; all ways take turns, and medians are compared. *Clock* is elapsed time, which other
 work on the machine lengthens; *processor* is the process's own time. Both sides run with
-`keep_freed_memory`, which the trainer sets and which helps both.
+`keep_freed_memory`, which the trainer sets and which helps both; *as they come* is without it for
+both sides, in a process of its own.
 
 Memory is the most that three steps add to imports and weights, each way in a process of its own.
 *Two physical batches* is the low-memory mode, with `training.physicalBatch` set to half of what
 goes through the model at once otherwise.
+
+On processors with AVX-512 that are not Intel's, torch's products of matrices in float32 run at half
+speed, and the engine's are compiled kernels of its own (`docs/design/kernels.md`). Plain training
+and the library have torch's. *With torch's own products* is our step without those kernels.
 
 Opacus cannot clip fused experts, so it runs on the same weights taken apart into linear layers.
 fastDP is not published as a package, and was not run. Its repository's state of May 2025 (3d5cc56)

@@ -150,6 +150,50 @@ def test_samples_of_equal_length_are_segments(dtype: torch.dtype, tolerance: flo
     assert torch.allclose(norms, formed, rtol=tolerance, atol=0)
 
 
+@pytest.mark.parametrize("left_turned", [False, True])
+@pytest.mark.parametrize("right_turned", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (17, 33, 47), (5, 300, 16), (300, 600, 129), (4, 0, 5), (0, 3, 5)]
+)
+def test_products_are_those_of_torch(
+    sizes: tuple[int, int, int], left_turned: bool, right_turned: bool
+) -> None:
+    """Edges of tiles and slices, empty matrices, and all orders of memory; twice in one call."""
+    rows, depth, columns = sizes
+    left = torch.randn(depth, rows).T if left_turned else torch.randn(rows, depth)
+    right = torch.randn(columns, depth).T if right_turned else torch.randn(depth, columns)
+    products = torch.full((2, rows, columns), torch.nan)
+    kernels.multiply(list(products), [left, 2 * left], [right, right])
+    exact = left.double() @ right.double()
+    bound = 1e-6 * (left.double().abs() @ right.double().abs())
+    assert ((products[0] - exact).abs() <= bound).all()
+    assert torch.equal(products[1], 2 * products[0])
+
+
+def test_products_do_not_depend_on_the_threads() -> None:
+    left, right = torch.randn(300, 700), torch.randn(700, 90)
+    products, before = torch.empty(3, 300, 90), torch.get_num_threads()
+    try:
+        for threads, product in zip((1, 2, 5), products, strict=True):
+            torch.set_num_threads(threads)
+            kernels.multiply([product], [left], [right])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(products[0], products[1])
+    assert torch.equal(products[0], products[2])
+
+
+def test_products_are_for_single_precision_where_torch_is_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    single, double = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.float64)
+    monkeypatch.setattr(kernels, "is_slow_in_torch", lambda: True)
+    assert kernels.multiplies(single, single) == torch.backends.mkl.is_available()
+    assert not kernels.multiplies(double, double)
+    monkeypatch.setattr(kernels, "is_slow_in_torch", lambda: False)
+    assert not kernels.multiplies(single, single)
+
+
 def test_other_types_and_mixed_ones_are_for_torch() -> None:
     assert not kernels.usable(torch.zeros(1, dtype=torch.bfloat16))
     assert not kernels.usable(torch.zeros(1, device="meta"))

@@ -77,6 +77,7 @@ def multiplies(*matrices: Tensor) -> bool:
     """Whether the kernels are there, take these matrices, and are faster than torch's products."""
     return (
         all(each.dtype == torch.float32 for each in matrices)
+        and torch.backends.mkl.is_available()
         and is_slow_in_torch()
         and usable(*matrices)
     )

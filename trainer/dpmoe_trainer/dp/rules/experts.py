@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dpmoe_trainer.dp.errors import NotPerSample
+from dpmoe_trainer.dp.gating import gated
 from dpmoe_trainer.dp.products import multiply_into
 from dpmoe_trainer.dp.rules.lora import ExpertAdapter, adapted
 from dpmoe_trainer.dp.segments import Segments, squared_norms
@@ -137,7 +138,7 @@ def experts_forward(
 def _through_experts(tape: Tape, module: Any, x_SD: Tensor, segments: Segments) -> Tensor:
     """What each row's expert makes of it."""
     if module.has_gate:
-        h_SF = module._apply_gate(_fused_linear(tape, module, "gate_up_proj", x_SD, segments))
+        h_SF = gated(module, _fused_linear(tape, module, "gate_up_proj", x_SD, segments))
     else:
         h_SF = module.act_fn(_fused_linear(tape, module, "up_proj", x_SD, segments))
     return _fused_linear(tape, module, "down_proj", h_SF, segments)

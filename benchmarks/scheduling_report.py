@@ -32,16 +32,18 @@ Thirty days of the Alibaba-DP surrogate. Written by
 """
 
 _NOTES = """
-- *DPack's artifact* sums all tied best orders of a block, and picks them by how many tasks fit,
-  whatever those weigh, as the authors' code does; once a round or anew after every 50 grants.
-  *dpack* is ours, which picks one order, by weight.
+- *DPack as published* and *DPack's artifact* pick a block's orders as the authors' code does: by
+  how many of all who wait would fit, whatever they weigh and whether they can be granted or not,
+  and tied orders are summed; once a round, or anew after every 50 grants. Ranks are by weight.
+  *dpack* is ours, which picks one order, by weight; with weights it grants more than as published.
 - *weight by size*: thousandths of ε times blocks, the profit that the authors' generator calls
   `ksize`.
 - *elastic*: every task would also take half its demand for 0.8 of its weight, or a quarter for 0.6.
   Where budget unlocks bit by bit, only foresight makes that a gain: without it, tasks settle for
   the little that is there when they come.
 - *dual, 30 days ahead*: with foresight, budget is kept for tasks that are worth more and fit once
-  more is unlocked, up to the last round.
+  more is unlocked, up to the last round, and who is not worth twice its price waits until then for
+  tasks that are yet to come.
 - *dual, fairness f*: the part f of the budget goes in DPF's order first.
 - *bound*: no policy could grant more weight out of what was unlocked in the end, not even one that
   knows all tasks in advance.
@@ -49,7 +51,7 @@ _NOTES = """
 - *decided*: seconds that the policy took, over all rounds.
 - Targets were set on other random draws of the same workloads. The bound says what was possible on
   these: where it is below a target, no policy could have met it. The ratio of weights that no
-  policy exceeds stands as the peer of each ratio of weights.
+  policy exceeds stands as the peer of each ratio of weights, against the same DPack.
 - PrivateKube's figures were measured with its own simulator on its own seed (its workload, another
   random stream). Times are of different machines where the peer is not in the same run.
 """

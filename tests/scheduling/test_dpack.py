@@ -27,14 +27,17 @@ def value_of_block(round: Round, tasks: list[int], room: int, order: int) -> flo
     return value
 
 
-def efficiency_costs(round: Round, waiting: list[int], left: Left, every_tie: bool) -> list[float]:
+def efficiency_costs(
+    round: Round, waiting: list[int], left: Left, every_tie: bool, counting: bool
+) -> list[float]:
     """Cost over weight of each task, at the best order of each block, or at all tied ones."""
     orders = range(len(round.orders))
+    valued = replace(round, weight=np.ones(round.tasks)) if counting else round
     chosen: list[list[int]] = []
     for block in range(round.blocks):
         asking = [task for task in waiting if block in round.blocks_of(task)]
         usable = [a for a in orders if left[block][a] > 0]
-        values = {a: value_of_block(round, asking, left[block][a], a) for a in usable}
+        values = {a: value_of_block(valued, asking, left[block][a], a) for a in usable}
         tied = [a for a in usable if values[a] == max(values.values())]
         if tied and not every_tie:
             load = {a: sum(int(round.demand[t, a]) for t in asking) / left[block][a] for a in tied}
@@ -50,10 +53,12 @@ def efficiency_costs(round: Round, waiting: list[int], left: Left, every_tie: bo
     return costs
 
 
-def granted_by_definition(round: Round, every_tie: bool, period: int | None) -> list[int]:
+def granted_by_definition(
+    round: Round, every_tie: bool, period: int | None, counting: bool = False
+) -> list[int]:
     left, waiting, granted = round.available.tolist(), list(range(round.tasks)), []
     while True:
-        costs = efficiency_costs(round, waiting, left, every_tie)
+        costs = efficiency_costs(round, waiting, left, every_tie, counting)
         found = 0
         for task in sorted(waiting, key=lambda t: (costs[t], round.arrival[t], t)):
             demand, blocks = round.demand[task].tolist(), round.blocks_of(task).tolist()
@@ -81,6 +86,20 @@ def test_dpack_is_a_plain_reading_of_its_definition(
             round = replace(round, weight=np.ones(round.tasks))
         ours = fill(round, dpack.order(round, published_ties=every_tie, period=period))
         assert sorted(ours.tolist()) == sorted(granted_by_definition(round, every_tie, period))
+
+
+@pytest.mark.parametrize("period", [None, 2])
+def test_the_artifact_counts_tasks_in_its_knapsacks_and_weighs_them_in_its_efficiencies(
+    random_round: MakeRound, period: int | None
+) -> None:
+    differs = False
+    for seed in range(60):
+        round = random_round(seed, 4 + seed % 20, 1 + seed % 4, 1 + seed % 3)
+        order = dpack.order(round, published_ties=True, counting=True, period=period)
+        ours = sorted(fill(round, order).tolist())
+        assert ours == sorted(granted_by_definition(round, True, period, counting=True))
+        differs |= ours != sorted(granted_by_definition(round, True, period))
+    assert differs
 
 
 @pytest.mark.parametrize("seed", range(100))

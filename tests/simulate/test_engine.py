@@ -49,6 +49,18 @@ def test_other_orders_see_all_who_fit(
         assert grants(play(workload, policy(name), rules)) == expected
 
 
+def test_a_whole_queue_holds_all_who_wait(random_workload: RandomWorkload) -> None:
+    differs = False
+    for unlock in UNLOCKS:
+        rules = Rules(unlock, period=3.0, until=60.0)
+        for seed in range(8):
+            workload = random_workload(seed)
+            expected = naive.play(workload, policy("dpack"), rules, all_waiting=True)
+            assert grants(play(workload, policy("dpack"), rules, whole_queue=True)) == expected
+            differs |= expected != grants(play(workload, policy("dpack"), rules))
+    assert differs
+
+
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_nothing_is_overdrawn_and_nobody_who_fits_is_left(
     random_workload: RandomWorkload, name: str

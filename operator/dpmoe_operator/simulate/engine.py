@@ -4,7 +4,8 @@ A round holds the tasks that wait and what every block has unlocked and not yet 
 operator's does. What keeps millions of them cheap:
 
 - Tasks that don't fit before a round can't be granted in it, and are left out of it. With
-  foresight, those that won't fit soon either.
+  foresight, those that won't fit soon either. DPack's artifact looks at them, too, when it picks
+  orders; `whole_queue` is for replaying that.
 - A task that fits alone is granted: no policy refuses what fits when it has granted the rest.
 - The orders of FCFS, DPF and greedy area don't depend on who else waits. Such a policy is asked
   once, about all tasks, and then rounds are filled in that order.
@@ -24,7 +25,7 @@ from dpmoe_operator.scheduling.policies import Policy
 from dpmoe_operator.scheduling.round import Floats, Ints, Round
 from dpmoe_operator.simulate.budgets import Budgets
 from dpmoe_operator.simulate.rules import Rules
-from dpmoe_operator.simulate.waiting import Waiting
+from dpmoe_operator.simulate.waiting import Queue, Waiting
 from dpmoe_operator.simulate.workload import Workload
 
 FIXED_ORDER = frozenset({"area", "dpf", "fcfs"})
@@ -80,6 +81,7 @@ def play(
     rules: Rules,
     *,
     fairness: float = 0.0,
+    whole_queue: bool = False,
     progress: Progress | None = None,
 ) -> Played:
     """Play a workload.
@@ -89,6 +91,7 @@ def play(
         policy: Who gets budget.
         rules: When rounds happen, and how budget unlocks.
         fairness: In [0, 1], as in `Policy.grant`.
+        whole_queue: Whether rounds hold all who wait, even those who can't be granted in them.
         progress: Called after every round with how many of how many tasks have arrived.
 
     Raises:
@@ -99,7 +102,8 @@ def play(
     rounds_at = list(_rounds(workload.arrival, rules))
     end = rounds_at[-1][0] if rounds_at else 0.0
     budgets = Budgets(workload, rules.unlock, foresight=rules.foresight, end=end)
-    waiting, looks_ahead = Waiting(workload), rules.foresight > 0
+    waiting = Queue() if whole_queue else Waiting(workload)
+    looks_ahead = rules.foresight > 0
     if policy.name in FIXED_ORDER and fairness == 0 and not looks_ahead:
         pick = _in_fixed_order(workload, policy)
     else:
@@ -124,7 +128,7 @@ def play(
         lingering = ready = waiting.settle(candidates, budgets.ahead)
         if len(ready):
             asked = time.perf_counter()
-            alone = len(ready) == 1 and not looks_ahead
+            alone = len(ready) == 1 and not looks_ahead and not whole_queue
             chosen = ready if alone else pick(ready, budgets)
             decided += time.perf_counter() - asked
             budgets.spend(chosen)

@@ -42,6 +42,18 @@ class Waiting:
         )
 
 
+class Queue:
+    """As `Waiting`, but everybody who waits is looked at in every round."""
+
+    def wake(self, _rows: Ints, _available: Ints) -> Ints:
+        """Nobody sleeps."""
+        return np.zeros(0, dtype=np.int64)
+
+    def settle(self, tasks: Ints, _available: Ints) -> Ints:
+        """All of them, whether they fit or not."""
+        return tasks
+
+
 @compiled
 def _wake(
     rows: Ints, available: Ints, demand: Ints, first: Ints, following: Ints, least: Ints

@@ -385,6 +385,12 @@ def _in_words(planned: Planned, explanation: Explanation, table: _Table) -> Wait
             f" policy; budget is kept for jobs before it that fit once more is unlocked: {numbers}"
             " after them"
         )
+    if explanation.kept:
+        texts[Reason.WAITING_FOR_UNLOCK] = (
+            f"rank {_about(explanation.rank)} of {_about(explanation.of)} in the order of the"
+            " policy; budget is kept for it, unless jobs come that are worth more before all of"
+            f" its blocks is unlocked{when.replace('; enough is unlocked', '')}"
+        )
     return _waiting(planned, explanation.reason, _closest(planned) + texts[explanation.reason])
 
 

@@ -93,7 +93,15 @@ def rank(round: Round, prices: Prices | None = None) -> Ranking:
         search.try_prices(search.level, start, _FIRST_POWER)
     search.shake()
     assert search.prices is not None
-    return Ranking(search.order, upper_bound(round, search.prices), search.prices)
+    return Ranking(
+        search.order, upper_bound(round, search.prices), search.prices, paid(round, search.prices)
+    )
+
+
+def paid(round: Round, prices: Prices) -> Floats:
+    """float64[T]: what each task pays, p_i."""
+    part = parts_asked(round, prices.pick)
+    return np.add.reduceat(prices.price[round.indices] * part, round.indptr[:-1])
 
 
 def _climb(search: "_Search", start: int) -> list[Ints]:

@@ -41,7 +41,7 @@ class Explanation:
         asked: Units that the task asks at that order.
         left: Units that the block has at that order on the rung that the task doesn't fit:
             its capacity, what is not consumed, what is neither consumed nor reserved, what of that
-            is unlocked, or what the round left over. Less than `asked`.
+            is unlocked, or what the round left over. Less than `asked`, unless it is `kept`.
         rank: Its job's place in the policy's order, from 1.
         of: How many jobs the order has.
         fits_now: The largest part of its demand that would fit now, after this round's grants, on
@@ -51,6 +51,8 @@ class Explanation:
             released enough, on the clock of `ByTime.opened`. None if no such block is short.
         held: Whether it would fit what the round left over, which is kept for tasks that are worth
             more and fit once more is unlocked; `left` is what they leave over then.
+        kept: Whether it would fit what the round left over and has a place in the plan, which jobs
+            that are worth more may still take from it until all is unlocked, at `unlock_at`.
         arrivals: If waiting for an unlock: how many more tasks must ask for its blocks that unlock
             by arrivals. None if no such block is short.
     """
@@ -67,10 +69,11 @@ class Explanation:
     unlock_at: float | None = None
     arrivals: int | None = None
     held: bool = False
+    kept: bool = False
 
     @property
     def lacks(self) -> float:
-        """The part of what it asks that is missing, above 0; above 1 where less than 0 is left."""
+        """The part of what it asks that is missing; above 1 where less than 0 is left."""
         return (self.asked - self.left) / max(self.asked, 1)
 
 
@@ -112,15 +115,22 @@ def explain(
     parts = _parts_that_fit(round.indptr, round.indices, round.demand, left)
     waiting = np.ones(round.tasks, dtype=bool)
     waiting[round.siblings(granted)] = False
+    in_plan = np.zeros(round.tasks, dtype=bool)
+    if planned is not None:
+        in_plan[planned] = True
     # By job: a later rung overwrites an earlier one.
     explanations: dict[int, Explanation] = {}
-    for held, reason, budget in _ladder(round, left, planned):
-        blocked = waiting & ~tasks_that_fit(round, budget)
+    for held, kept, reason, budget in _ladder(round, left, planned):
+        blocked = waiting & (in_plan if kept else ~tasks_that_fit(round, budget))
+        if held:
+            blocked &= ~in_plan  # What is left beside the plan is not what its own tasks lack.
         waiting &= ~blocked
         tasks = np.flatnonzero(blocked)
         tasks = tasks[np.argsort(place[tasks], kind="stable")]
         when: _Unlocks = {}
-        if reason is Reason.WAITING_FOR_UNLOCK:
+        if kept:
+            when = _all_unlocked(round, tasks, unlocking)
+        elif reason is Reason.WAITING_FOR_UNLOCK:
             when = _unlocks(round, tasks, unlocking)
         bindings = _bindings(
             round.indptr, round.indices, round.demand, round.capacity, budget, tasks
@@ -142,25 +152,32 @@ def explain(
                 unlock_at=unlock_at,
                 arrivals=arrivals,
                 held=held,
+                kept=kept,
             )
             if (
                 known is None
-                or (known.reason, known.held) != (reason, held)
+                or (known.reason, known.held, known.kept) != (reason, held, kept)
                 or explained.lacks < known.lacks
             ):
                 explanations[job] = explained
     return tuple(explanation for _, explanation in sorted(explanations.items()))
 
 
-def _ladder(round: Round, left: Ints, planned: Ints | None) -> Iterator[tuple[bool, Reason, Ints]]:
-    """The rungs, worst reason first. Whom the last one doesn't hold back is not waiting."""
-    yield False, Reason.DEMAND_EXCEEDS_CAPACITY, round.capacity
-    yield False, Reason.BLOCK_EXHAUSTED, round.capacity - round.consumed
-    yield False, Reason.WAITING_FOR_REFUND, round.capacity - round.consumed - round.reserved
-    yield False, Reason.WAITING_FOR_UNLOCK, round.available
-    yield False, Reason.OUTRANKED, left
+def _ladder(
+    round: Round, left: Ints, planned: Ints | None
+) -> Iterator[tuple[bool, bool, Reason, Ints]]:
+    """The rungs, worst reason first: `held`, `kept`, the reason, and the budget.
+
+    Whom the last but one doesn't hold back waits only if it has a place in the plan.
+    """
+    yield False, False, Reason.DEMAND_EXCEEDS_CAPACITY, round.capacity
+    yield False, False, Reason.BLOCK_EXHAUSTED, round.capacity - round.consumed
+    yield False, False, Reason.WAITING_FOR_REFUND, round.capacity - round.consumed - round.reserved
+    yield False, False, Reason.WAITING_FOR_UNLOCK, round.available
+    yield False, False, Reason.OUTRANKED, left
     if planned is not None:
-        yield True, Reason.OUTRANKED, left_after(round.ahead, planned)
+        yield True, False, Reason.OUTRANKED, left_after(round.ahead, planned)
+        yield False, True, Reason.WAITING_FOR_UNLOCK, left
 
 
 _Unlocks = dict[int, tuple[float | None, int | None]]
@@ -188,6 +205,16 @@ def _unlocks(round: Round, tasks: Ints, unlocking: Sequence[Unlocking]) -> _Unlo
                 missing = arrivals_missing(rule, amount, total)
                 arrivals = missing if arrivals is None else max(arrivals, missing)
         when[task] = time, arrivals
+    return when
+
+
+def _all_unlocked(round: Round, tasks: Ints, unlocking: Sequence[Unlocking]) -> _Unlocks:
+    """Of each task, when all its blocks that unlock by time will have released everything."""
+    when: _Unlocks = {}
+    for task in tasks.tolist():
+        rules = [unlocking[block] for block in round.blocks_of(task).tolist()]
+        ends = [rule.opened + rule.lifetime for rule in rules if isinstance(rule, ByTime)]
+        when[task] = max(ends, default=None), None
     return when
 
 

@@ -42,11 +42,14 @@ class Ranking:
             fit, so the order decides everything.
         bound: No set of tasks that fits weighs more; None if the policy bounds nothing.
         prices: What the policy would like to start from in the next round.
+        paid: float64[T], what each task pays at the prices, in weight: it is worth its price if its
+            weight is not below. None if the policy has no prices.
     """
 
     order: Ints
     bound: float | None = None
     prices: Prices | None = None
+    paid: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Outcome:
         granted: int64[G], the tasks that get budget, in the order of their grants; of an elastic
             job, the point that was chosen.
         planned: int64[P], the tasks for which budget is kept, whether it is unlocked already or
-            not: the granted ones, unless the round looks ahead.
+            not, and whether they are granted already or not: the granted ones, unless the round
+            looks ahead.
         order: int64[T], all tasks, the most deserving first: what a rank is read from.
         weight: The weight of the granted tasks together.
         bound: An upper bound on the weight of any set of tasks that fits, whatever orders the

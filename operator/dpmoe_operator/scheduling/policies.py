@@ -13,8 +13,8 @@ is the round, so nobody waits for ever.
 
 Who will come before then is not known, but it is known that somebody will, so today's prices are
 low. With a policy that has prices, a task is granted ahead of the last unlock only if it is worth
-`_CLEARLY` more than its price; else it keeps its place in the plan until somebody better comes, or
-all of its budget is unlocked. Thresholds on prices that are learnt from what asked so far are how
+`_CLEARLY` times its price; else it keeps its place in the plan until somebody better comes, or all
+of its budget is unlocked. Thresholds on prices that are learnt from what asked so far are how
 online packing is done (Buchbinder and Naor 2009; for privacy budgets, HPBA, IEEE TSC 2024).
 """
 

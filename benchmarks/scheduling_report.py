@@ -35,6 +35,8 @@ _NOTES = """
 - *DPack as published* and *DPack's artifact* pick a block's orders as the authors' code does: by
   how many of all who wait would fit, whatever they weigh and whether they can be granted or not,
   and tied orders are summed; once a round, or anew after every 50 grants. Ranks are by weight.
+  At all five horizons with weights by size, they grant the same tasks in the same rounds as that
+  code itself (columbia/dpack@706b990) does.
   *dpack* is ours, which picks one order, by weight; with weights it grants more than as published.
 - *weight by size*: thousandths of ε times blocks, the profit that the authors' generator calls
   `ksize`.

@@ -20,7 +20,10 @@ it keeps *all* tied orders and sums their costs (`published_ties`); here one ord
 the smallest total load Σ_i d_iα / a_jα, which grants up to 15 % more. Its one-block knapsacks count
 tasks, whatever they weigh (`counting`); here weights count, as in the paper. And it recomputes
 orders and efficiencies after every `period` grants; without a period, as in its offline
-experiments, they are computed once.
+experiments, they are computed once. Its weights are numbers of any kind and only enter e_i.
+
+So set, and given all who wait, also those who can't be granted, it grants the same tasks in the
+same rounds as the artifact's own scheduler (columbia/dpack@706b990) on a trace like Alibaba-DP.
 
 Of an elastic job, a block's knapsack counts the point that asks least there for its weight.
 """

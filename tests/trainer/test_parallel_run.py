@@ -58,10 +58,11 @@ class World:
         file = self.folder / "plan.json"
         file.write_text(json.dumps(self.plan))
         world = self.plan["parallel"]["workers"]
+        command = [sys.executable, "-c", WITH_A_KNOWN_KEY]
+        command += ["--plan", str(file), "--output", str(self.output)]
         self.ranks = [
             subprocess.Popen(
-                [sys.executable, "-c", WITH_A_KNOWN_KEY, "--plan", str(file)]
-                + ["--output", str(self.output)],
+                command,
                 env=os.environ
                 | {
                     "OMP_NUM_THREADS": "1",

@@ -108,9 +108,11 @@ class Units:
 
     def __init__(self, model):
         self._batch = make_batch(model, 3, 6)
+        self.sizes = [6] * 3
 
-    def physical_batches(self, chosen, size):
-        yield {key: value[chosen] for key, value in self._batch.items()}
+    def batches(self, parts):
+        for chosen in parts:
+            yield {key: value[chosen] for key, value in self._batch.items()}
 
 
 def update_of(units, expected_batch, clipping_norm):

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from dpmoe_trainer.__main__ import main
 from dpmoe_trainer.contract import ExitCode, Outcome, Progress, TrainingReport
 from dpmoe_trainer.dp.accounting import spent
-from dpmoe_trainer.dp.noise import add_noise
+from dpmoe_trainer.dp.noise import NoiseKey, add_noise
 
 SECRET = "zebrafish"
 """A word of private rows that must not come out anywhere."""
@@ -60,6 +61,45 @@ def test_a_run_leaves_a_model_that_transformers_loads_and_a_report_that_proves_i
     assert tokenizer("good film")["input_ids"] == [3, 5]
     assert {path.name for path in trainer.output.iterdir()} >= {"config.json", "report.json"}
     assert not list(trainer.output.glob(".partial-*"))
+
+
+def test_token_ids_train_what_their_text_would(
+    trainer: Trainer, make_plan: PlanMaker, tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpmoe_trainer.train.NoiseKey", lambda: NoiseKey(bytes(32)))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_mixtral)
+    plan = make_plan(training__maxTokens=5)
+    assert trainer.run(plan).code == ExitCode.COMPLETED
+    by_text = weights(trainer.output)
+
+    for data in (plan["blocks"][0]["data"], plan["evaluation"]["data"]):
+        path = Path(data["path"])
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["ids"] = tokenizer(row.pop("text"))["input_ids"]
+        write_rows(path, rows)
+        del data["textColumn"]
+        data["tokensColumn"] = "ids"
+    shutil.rmtree(trainer.output)
+    run = trainer.run(plan)
+    assert run.code == ExitCode.COMPLETED, run.stderr
+    by_ids = weights(trainer.output)
+    for name, value in by_text.items():
+        torch.testing.assert_close(by_ids[name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_token_ids_of_another_vocabulary_are_refused(
+    trainer: Trainer, make_plan: PlanMaker
+) -> None:
+    rows = [{"ids": [3, 4, 5, 987654], "label": 0}]
+    path = write_rows(trainer.folder / "ids.jsonl", rows)
+    data = {"path": str(path), "format": "jsonl", "tokensColumn": "ids", "labelColumn": "label"}
+    run = trainer.run(make_plan(blocks__0__data=data))
+    assert run.code == ExitCode.BAD_DATA
+    assert "blocks[0].data.tokensColumn" in run.stderr
+    assert "987654" not in run.stderr
+    assert run.report is not None
+    assert run.report.mechanism.steps == 0
 
 
 def test_frozen_parameters_stay_what_they_were(

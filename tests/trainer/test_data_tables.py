@@ -148,6 +148,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "not parquet": (with_row(), {"format": "parquet"}, ["cannot be read as parquet"]),
     "not csv": (f"text,label\na,1\n{SECRET},1,2,3\n", {"format": "csv"}, ["cannot be read as csv"]),
     "csv label": (f"text,label\na,1\nb,{SECRET}\n", {"format": "csv"}, ["labelColumn", "[0, 2)"]),
+    "csv label without end": (
+        f"text,label\na,{'9' * 5000}\n",
+        {"format": "csv"},
+        ["labelColumn", "[0, 2)"],
+    ),
     "csv without label": ("text,label\na,1\nb,\n", {"format": "csv"}, ["labelColumn", "[0, 2)"]),
 }
 

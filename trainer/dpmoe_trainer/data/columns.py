@@ -13,6 +13,9 @@ import pyarrow.compute as pc
 from dpmoe_trainer.data.scratch import TEXT, TOKENS
 from dpmoe_trainer.errors import BadData
 
+MOST_DIGITS = 1000
+"""Of a number that is written out; Python refuses to read ones that are much longer."""
+
 
 def as_strings(column: pa.Array) -> pa.Array:
     """Cells as the plan's strings spell them: Python's spelling, and JSON's for booleans."""
@@ -85,7 +88,7 @@ def class_labels(column: pa.Array, field: str, name: str, labels: int) -> npt.ND
     if _is_text(column.type):
         encoded = column.dictionary_encode()
         spelled = [text.strip() for text in encoded.dictionary.to_pylist()]
-        if not all(text.isdecimal() for text in spelled):
+        if not all(text.isdecimal() and len(text) <= MOST_DIGITS for text in spelled):
             raise refusal
         values = pa.array([min(int(text), labels) for text in spelled], pa.int64())
         column = values.take(encoded.indices)

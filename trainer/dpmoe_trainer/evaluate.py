@@ -4,6 +4,7 @@ Its owner declared it public or held out for this. Nothing is ever scored on the
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,16 @@ from dpmoe_trainer.parallel.shards import model_shard
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, rows: Rows, physical_batch: int, ranks: Ranks = ALONE
+    model: PreTrainedModel,
+    rows: Rows,
+    physical_batch: int,
+    ranks: Ranks = ALONE,
+    beat: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """The accuracy, beside what always naming the largest class would get.
 
     A language model is scored token by token, each by the tokens before it. All ranks score a part
-    of the rows each, and get the same scores.
+    of the rows each, and get the same scores. `beat` is called for every batch.
     """
     # Correct answers, and the sum of losses; then how often each class is right.
     scores = torch.zeros(2, dtype=torch.float64, device=model.device)
@@ -36,6 +41,7 @@ def evaluate(
     units = ((row,) for row in range(len(rows)))
     for group in lockstep_batches(units, ranks.world, physical_batch, rows.sizes):
         for batch in rows.batches(group.of(ranks.rank)):
+            beat()
             if batch is None and model_shard(model) is None:
                 continue
             given = rows.empty() if batch is None else batch

@@ -149,7 +149,7 @@ def train(
     evaluation = None
     if public_rows is not None:
         board.enter("Evaluating")
-        evaluation = evaluate(model, public_rows, training.physical_batch, ranks)
+        evaluation = evaluate(model, public_rows, training.physical_batch, ranks, board.beat)
 
     board.enter("Saving")
     if plan.output is not None or settings.output is not None:

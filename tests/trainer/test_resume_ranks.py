@@ -10,7 +10,7 @@ import torch
 from tests.trainer.runs import PlanMaker, plan_of
 from torch import nn
 
-from dpmoe_trainer.checkpoint import Ranks, Shard
+from dpmoe_trainer.checkpoint import Peers, Shard
 from dpmoe_trainer.contract import TrainingPlan
 from dpmoe_trainer.dp.balancing import Balancing
 from dpmoe_trainer.environment import Settings
@@ -34,15 +34,15 @@ class Layer(nn.Module):
 
 
 class Group:
-    """What ranks have in common: the collectives that `Ranks` asks for."""
+    """What ranks have in common: the collectives that `Peers` asks for."""
 
     def __init__(self, world: int) -> None:
         self.world = world
         self._barrier = threading.Barrier(world)
         self._said: list[Any] = [None] * world
 
-    def ranks(self, rank: int) -> Ranks:
-        return Ranks(
+    def ranks(self, rank: int) -> Peers:
+        return Peers(
             rank,
             self.world,
             any_of=lambda mine: any(self._gather(rank, mine)),

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.trainer.runs import PlanMaker, Trainer
+from tests.trainer.runs import PlanMaker, Trainer, plan_of
 
 from dpmoe_trainer import supervise
-from dpmoe_trainer.contract import ExitCode, ParallelPlan
+from dpmoe_trainer.contract import ExitCode, Outcome, ParallelPlan
 from dpmoe_trainer.environment import Pod, Worker
 from dpmoe_trainer.errors import PeerLost
 from dpmoe_trainer.supervise import (
@@ -43,7 +43,8 @@ KILL, TERM = -signal.SIGKILL, -signal.SIGTERM
         ([143, 10], False, ExitCode.PEER_LOST),
         ([KILL, 10], False, ExitCode.PEER_LOST),
         ([KILL, 143], False, ExitCode.CRASHED),
-        ([TERM, 0], True, ExitCode.CRASHED),
+        ([TERM, 143], True, ExitCode.STOPPED),
+        ([TERM, 0], False, ExitCode.CRASHED),
         ([0, 2], False, ExitCode.CRASHED),
         ([255, 10], False, ExitCode.CRASHED),
     ],
@@ -242,6 +243,35 @@ def test_a_plan_of_many_ranks_is_supervised(
     run = trainer.run(make_plan(parallel={"processes": 2}))
     assert run.code == ExitCode.BAD_MODEL
     assert run.report is None, "that is rank 0's to write"
+
+
+JOURNALS = """
+import os, signal
+from pathlib import Path
+from dpmoe_trainer.journal import open_journal
+if os.environ["RANK"] == "0":
+    journal = open_journal(Path({folder!r}), {run!r}, os.environ["DPMOE_POD_UID"], 0)
+    journal.draw(1)
+    journal.draw(2)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_rank_0_is_reported_for_by_its_journal(
+    trainer: Trainer, make_plan: PlanMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(parallel={"processes": 2}, checkpoint={"path": str(tmp_path / "volume")})
+    fake = JOURNALS.format(folder=str(tmp_path / "volume"), run=plan_of(plan).run_digest())
+    program = (sys.executable, "-c", fake)
+    monkeypatch.setattr(supervise.Supervisor.__init__, "__defaults__", (program,))
+    monkeypatch.setenv("DPMOE_POD_UID", "pod-a")
+    run = trainer.run(plan)
+    assert run.code == ExitCode.CRASHED
+    assert run.report is not None
+    assert run.report.outcome is Outcome.FAILED
+    assert (run.report.mechanism.steps, run.report.attempts) == (2, ("pod-a",))
+    assert run.report.epsilon > 0
+    assert "rank 0 was killed" in run.report.message
 
 
 def test_a_worker_of_another_rank_reports_nothing(

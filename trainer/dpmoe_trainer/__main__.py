@@ -8,7 +8,7 @@ anything read from the data.
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from os import environ
 from pathlib import Path
 from types import FrameType
@@ -27,7 +27,7 @@ from dpmoe_trainer.contract import (
 )
 from dpmoe_trainer.environment import Settings, read_settings
 from dpmoe_trainer.errors import BadPlan, Failure, JournalLost, Refusal, StopRequested
-from dpmoe_trainer.journal import Journal, is_complete, open_journal
+from dpmoe_trainer.journal import Journal, is_complete, open_journal, read_history
 from dpmoe_trainer.progress import ProgressBoard, ProgressServer
 from dpmoe_trainer.quiet import keep_offline, print_frames, silence_libraries
 from dpmoe_trainer.report import build_report, describe, encode_report
@@ -68,15 +68,10 @@ def main(arguments: Sequence[str]) -> ExitCode:
         if settings.output is None and _reports(settings):
             _deliver(settings.report, str(error).encode()[:TERMINATION_MESSAGE_BYTES])
         return _end(error.code, str(error))
-    if (
-        plan.parallel.world > 1
-        and settings.worker is None
-        and _world_problem(plan, settings) is None
-    ):
-        # One process a rank; this one only watches them.
-        supervisor = Supervisor(plan.parallel, settings.pod, arguments)
-        return _end(*supervisor.run(lambda: stop.raised))
-    return run(plan, settings, stop)
+    started_as_one = settings.worker is not None or plan.parallel.world == 1
+    if started_as_one or _world_problem(plan, settings) is not None:
+        return run(plan, settings, stop)
+    return supervise(plan, settings, arguments, stop)
 
 
 def read_plan(path: Path) -> TrainingPlan:
@@ -152,6 +147,30 @@ def run(plan: TrainingPlan, settings: Settings, stop: StopFlag) -> ExitCode:
             f"(largest class {evaluation.majority_share:.1%}, {evaluation.examples} examples)"
         )
     return _end(code if delivered else ExitCode.CRASHED, f"{summary}\n{message}".strip())
+
+
+def supervise(
+    plan: TrainingPlan, settings: Settings, arguments: Sequence[str], stop: StopFlag
+) -> ExitCode:
+    """Runs this pod's ranks, one process each, and reports for rank 0 if it was killed."""
+    supervisor = Supervisor(plan.parallel, settings.pod, arguments)
+    code, why = supervisor.run(lambda: stop.raised)
+    if supervisor.rank_0_was_killed() and plan.checkpoint is not None:
+        folder = settings.resolve(plan.checkpoint.path, "checkpoint.path")
+        with suppress(OSError, Refusal):  # a journal that cannot be read proves nothing
+            past = read_history(folder, plan.run_digest())
+            epsilon = _cost(plan.privacy, past.drawn) if past.drawn else 0.0
+            message = why or "rank 0 was killed; the steps are those of the journal"
+            report = build_report(
+                plan,
+                Outcome.FAILED,
+                past.drawn,
+                epsilon,
+                message=message,
+                attempts=past.attempts,
+            )
+            _deliver(settings.report, encode_report(report))
+    return _end(code, why)
 
 
 def _begin(plan: TrainingPlan, settings: Settings) -> Journal | None:

@@ -156,7 +156,7 @@ def open_journal(folder: Path, run_digest: str, pod_uid: str, failures: int) -> 
         folder.mkdir(parents=True, exist_ok=True)
         if not _attempts(folder):
             _require_first(folder, failures)
-        history = _read(folder, run_digest)
+        history = read_history(folder, run_digest)
         if pod_uid not in history.attempts and len(history.attempts) >= MOST_ATTEMPTS:
             raise BadCheckpoint(
                 f"{_FIELD}: {folder} tells of {len(history.attempts)} attempts of this run, as "
@@ -169,7 +169,7 @@ def open_journal(folder: Path, run_digest: str, pod_uid: str, failures: int) -> 
             f"the trainer's user may write to"
         ) from error
     # Read anew: what an older attempt wrote before it could see this one counts.
-    return Journal(folder, attempt, file, _read(folder, run_digest))
+    return Journal(folder, attempt, file, read_history(folder, run_digest))
 
 
 def is_complete(folder: Path, run_digest: str) -> bool:
@@ -179,7 +179,7 @@ def is_complete(folder: Path, run_digest: str) -> bool:
         JournalLost: the journal is malformed.
         BadCheckpoint: it is another run's.
     """
-    return folder.is_dir() and _read(folder, run_digest).completed is not None
+    return folder.is_dir() and read_history(folder, run_digest).completed is not None
 
 
 def _require_first(folder: Path, failures: int) -> None:
@@ -245,7 +245,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _read(folder: Path, run_digest: str) -> History:
+def read_history(folder: Path, run_digest: str) -> History:
     """What all attempts journalled.
 
     Raises:

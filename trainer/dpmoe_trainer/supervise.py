@@ -72,14 +72,16 @@ def most_telling(codes: Sequence[int], asked: bool) -> ExitCode:
     if refusals:
         return refusals[0]
     crashed = ExitCode.CRASHED in known or any(code > 0 and code not in known for code in codes)
+    # One that was asked so early that it could not answer stopped all the same.
+    stopped = ExitCode.STOPPED in known or -signal.SIGTERM in codes
     killed = any(code < 0 for code in codes)
     ranking = (
         (ExitCode.HUNG, ExitCode.HUNG in known),
         (ExitCode.CRASHED, crashed),
-        (ExitCode.STOPPED, asked and ExitCode.STOPPED in known),
+        (ExitCode.STOPPED, asked and stopped),
         (ExitCode.PEER_LOST, ExitCode.PEER_LOST in known),
         (ExitCode.CRASHED, killed),
-        (ExitCode.STOPPED, ExitCode.STOPPED in known),
+        (ExitCode.STOPPED, stopped),
     )
     return next((code for code, holds in ranking if holds), ExitCode.COMPLETED)
 
@@ -127,6 +129,7 @@ class _Child:
     pipe: int
     heard: float
     beaten: bool = False
+    hung: bool = False
     ended: int | None = None
 
 
@@ -188,6 +191,13 @@ class Supervisor:
         codes = [child.ended for child in self._children if child.ended is not None]
         return most_telling(codes, asked), self._why
 
+    def rank_0_was_killed(self) -> bool:
+        """Whether rank 0 ran here and ended without a chance to report."""
+        return any(
+            child.rank == 0 and child.ended is not None and (child.ended < 0 or child.hung)
+            for child in self._children
+        )
+
     def _start(self, local: int) -> _Child:
         pod = self._pod
         rank = pod.node_rank * self._parallel.processes + local
@@ -237,7 +247,7 @@ class Supervisor:
         if is_silent(time.monotonic(), child.heard, child.beaten, timeout):
             child.process.kill()
             child.process.wait()
-            child.ended = ExitCode.HUNG
+            child.ended, child.hung = ExitCode.HUNG, True
             self._why = (
                 f"rank {child.rank} made no progress for {timeout} s (parallel.timeoutSeconds) and "
                 f"was killed"
@@ -245,7 +255,8 @@ class Supervisor:
 
     def _failed(self, asked: bool) -> bool:
         """Whether a rank's end means that of the others."""
-        fine = {None, int(ExitCode.COMPLETED)} | ({int(ExitCode.STOPPED)} if asked else set())
+        fine = {None, int(ExitCode.COMPLETED)}
+        fine |= {int(ExitCode.STOPPED), -signal.SIGTERM} if asked else set()
         return any(child.ended not in fine for child in self._children)
 
     def _signal(self, number: signal.Signals) -> None:

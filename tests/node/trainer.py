@@ -15,6 +15,7 @@ from dpmoe_trainer.__main__ import main
 from dpmoe_trainer.contract import TrainingPlan
 from dpmoe_trainer.environment import Settings
 from dpmoe_trainer.errors import StopRequested
+from dpmoe_trainer.journal import Journal
 from dpmoe_trainer.progress import ProgressBoard
 
 STEP_SECONDS = {"sleeps": 0.05, "grows": 0.05, "lingers": 600.0}
@@ -23,7 +24,11 @@ GROWTH = {"sleeps": 0, "grows": 8 << 20, "lingers": 0}
 
 
 def train(
-    plan: TrainingPlan, settings: Settings, board: ProgressBoard, stopping: Callable[[], bool]
+    plan: TrainingPlan,
+    settings: Settings,
+    board: ProgressBoard,
+    stopping: Callable[[], bool],
+    journal: Journal | None = None,
 ) -> SimpleNamespace:
     """Takes the plan's steps; the "model" is a file that tells how many rows the table has."""
     assert plan.model.path is not None
@@ -45,7 +50,7 @@ def train(
     folder.mkdir(parents=True)
     (folder / "model.txt").write_text(f"{len(rows)} rows")
     board.enter("Done")
-    return SimpleNamespace(evaluation=None, output=plan.output.path)
+    return SimpleNamespace(evaluation=None, output=plan.output.path, notice="")
 
 
 def spent(sigma: float, rate: float, steps: int, delta: float, orders: Sequence[float]) -> float:

@@ -52,6 +52,11 @@ class BadCheckpoint(Refusal):
 class StopRequested(Exception):
     """The run was asked to stop, and did so between two steps; its text says what is left."""
 
+    def __init__(
+        self, left: str = "stopped on request; the steps taken are spent and no model was kept"
+    ) -> None:
+        super().__init__(left)
+
 
 class Failure(Exception):
     """Base of what ends a run that was under way; its text holds no private value."""

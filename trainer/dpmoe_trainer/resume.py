@@ -92,7 +92,7 @@ class Run:
         """Ends all ranks before the first step, if any of them was asked to stop."""
         self._board.beat()
         if self.ranks.any_of(self._stopping()):
-            raise StopRequested(self._how_to_go_on())
+            raise self._stop()
 
     def resume(self, state: State) -> int:
         """Brings the state to the newest checkpoint, and returns the first step to draw.
@@ -155,7 +155,7 @@ class Run:
         """
         if self.ranks.any_of(self._stopping()):
             self._keep(step)
-            raise StopRequested(self._how_to_go_on())
+            raise self._stop()
         journal = self._journal
         if self._every:
             self._at_first(lambda: journal.draw(step + 1) if journal is not None else None)
@@ -207,10 +207,10 @@ class Run:
         self._kept = step
         self._board.beat()
 
-    def _how_to_go_on(self) -> str:
+    def _stop(self) -> StopRequested:
         if not self._every:
-            return "stopped on request; the steps taken are spent and no model was kept"
-        return "stopped on request; the run can go on from its last checkpoint"
+            return StopRequested()
+        return StopRequested("stopped on request; the run can go on from its last checkpoint")
 
     def _at_first(self, act: Callable[[], Value]) -> Value:
         """What rank 0 gets from `act`, on all ranks; where it fails, all of them end."""

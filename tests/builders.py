@@ -23,7 +23,8 @@ from dpmoe_operator.api.ledgerentry import (
 )
 from dpmoe_operator.control.accounts import to_open
 from dpmoe_operator.control.settings import Settings
-from dpmoe_operator.control.views import BlockView, JobView, Snapshot, WorkloadView, format_time
+from dpmoe_operator.control.times import format_time
+from dpmoe_operator.control.views import BlockView, JobView, Snapshot, WorkloadView
 from dpmoe_operator.ledger.entry import seal, to_manifest
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.ledger.log import EntryExists, NoAnswer

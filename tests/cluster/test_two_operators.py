@@ -16,7 +16,7 @@ from tests.cluster.conftest import assets
 from tests.cluster.operators import LEASE_SECONDS, Arena, Gate, Operator
 from tests.cluster.world import Object, World, block, namespaces
 
-from dpmoe_operator.control.views import parse_time
+from dpmoe_operator.control.times import parse_time
 from dpmoe_operator.local.stack import Stack
 
 HOUR = 3600.0

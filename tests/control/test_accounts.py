@@ -16,7 +16,7 @@ from tests.builders import (
 )
 
 from dpmoe_operator.control.accounts import Standing, standings, to_open
-from dpmoe_operator.control.views import format_time
+from dpmoe_operator.control.times import format_time
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.privacy.capacity import capacity
 from dpmoe_operator.privacy.orders import DEFAULT_ORDERS

@@ -28,7 +28,8 @@ from dpmoe_operator.control.allocation import Allocation, allocate
 from dpmoe_operator.control.planning import Planned, plan_job
 from dpmoe_operator.control.projection import Waiting
 from dpmoe_operator.control.settlement import Verdict, settle
-from dpmoe_operator.control.views import Snapshot, format_time
+from dpmoe_operator.control.times import format_time
+from dpmoe_operator.control.views import Snapshot
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.privacy.capacity import capacity
 from dpmoe_operator.privacy.units import MAX_UNITS, format_epsilon

@@ -9,7 +9,7 @@ from tests.control.stages import cheap
 
 from dpmoe_operator.control.actions import DeleteJob, Remove, SetStatus
 from dpmoe_operator.control.decide import decide
-from dpmoe_operator.control.views import parse_time
+from dpmoe_operator.control.times import parse_time
 from dpmoe_operator.ledger.checkpoint import KEEP_WHOLE, checkpoint_records
 
 LATER = NOW + KEEP_WHOLE + timedelta(minutes=10)

@@ -7,7 +7,7 @@ import pytest
 from tests.builders import ABSENT, NOW, Object, block, commit, snapshot, with_accounts
 
 from dpmoe_operator.control.accounts import standings, to_open
-from dpmoe_operator.control.views import format_time
+from dpmoe_operator.control.times import format_time
 from dpmoe_operator.ledger.fold import LedgerState
 
 TABLE = {"claimName": "data", "path": "reviews.jsonl"}

@@ -25,7 +25,8 @@ from tests.control.stages import (
 
 from dpmoe_operator.control.actions import Remove, SetStatus
 from dpmoe_operator.control.decide import decide
-from dpmoe_operator.control.views import CANCELLED, RELEASED, parse_time
+from dpmoe_operator.control.times import parse_time
+from dpmoe_operator.control.views import CANCELLED, RELEASED
 from dpmoe_operator.launch.manifests import JOB_UID, workload_name
 from dpmoe_trainer.contract import JobReference
 

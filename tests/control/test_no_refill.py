@@ -12,7 +12,7 @@ from tests.builders import NOW, Object, block, merged
 from tests.control.cluster import Cluster, Operator, settle_down
 from tests.control.stages import ROOM_FOR_TWO, cheap
 
-from dpmoe_operator.control.views import format_time
+from dpmoe_operator.control.times import format_time
 
 ACCOUNT = "claim://vault/data/reviews.jsonl"
 SAME = {"claim": {"claimName": "data", "path": "reviews.jsonl"}}

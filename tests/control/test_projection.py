@@ -42,6 +42,7 @@ from dpmoe_operator.control.accounts import standings
 from dpmoe_operator.control.actions import SetStatus
 from dpmoe_operator.control.decide import decide, react
 from dpmoe_operator.control.planning import Planner
+from dpmoe_operator.control.pods import PodView
 from dpmoe_operator.control.projection import (
     REJECTED,
     Waiting,
@@ -52,7 +53,8 @@ from dpmoe_operator.control.projection import (
     used_share,
 )
 from dpmoe_operator.control.settlement import Verdict, settle
-from dpmoe_operator.control.views import JobView, PodView, Snapshot, WorkloadView, format_time
+from dpmoe_operator.control.times import format_time
+from dpmoe_operator.control.views import JobView, Snapshot, WorkloadView
 from dpmoe_operator.ledger.account import Account
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.privacy.calibration import epsilon_for

@@ -31,6 +31,7 @@ from tests.control.workloads import (
 
 from dpmoe_operator.control.decide import decide
 from dpmoe_operator.control.planning import Planner
+from dpmoe_operator.control.pods import PodView
 from dpmoe_operator.control.settlement import (
     Unanswered,
     Verdict,
@@ -42,7 +43,7 @@ from dpmoe_operator.control.settlement import (
     verdict_of_unlaunched,
     verdict_of_vanished,
 )
-from dpmoe_operator.control.views import PodView, WorkloadView
+from dpmoe_operator.control.views import WorkloadView
 from dpmoe_operator.ledger.account import Grant
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.privacy.mechanisms import demand

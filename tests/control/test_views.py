@@ -21,15 +21,9 @@ from tests.control.workloads import (
     workload,
 )
 
-from dpmoe_operator.control.views import (
-    BlockView,
-    JobView,
-    Meta,
-    PodView,
-    WorkloadView,
-    format_time,
-    parse_time,
-)
+from dpmoe_operator.control.pods import PodView
+from dpmoe_operator.control.times import format_time, parse_time
+from dpmoe_operator.control.views import BlockView, JobView, Meta, WorkloadView
 
 
 def test_times_are_read_and_written_as_kubernetes_does() -> None:

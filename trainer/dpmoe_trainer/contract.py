@@ -13,6 +13,7 @@ termination message. What holds:
 
 import hashlib
 import json
+from collections.abc import Mapping
 from enum import IntEnum, StrEnum
 from typing import Annotated, Literal, Self
 
@@ -46,6 +47,10 @@ class ExitCode(IntEnum):
     PEER_LOST = 10
     HUNG = 11
     STOPPED = 143
+
+
+FINAL_CODES = tuple(code for code in ExitCode if 3 <= code <= 9)
+"""Ends that another try would only repeat."""
 
 
 class Contract(BaseModel):
@@ -504,3 +509,13 @@ class Environment(StrEnum):
     """How many pods of this index failed before this one, by Kubernetes' own count."""
     HEARTBEAT = "DPMOE_HEARTBEAT"
     """The pipe that a rank tells its supervisor through that it lives: a file descriptor."""
+    DISRUPTIONS = "DPMOE_DISRUPTIONS"
+    """How many were evicted, preempted or drained before this one, likewise; may be empty."""
+    RESUMED = "DPMOE_RESUMED"
+    """Set once rank 0 of the run was seen running: a suspended Job forgets its counts."""
+
+
+def may_have_run_before(environment: Mapping[str, str]) -> bool:
+    """Whether an earlier pod of the run may have started, so that there must be a journal."""
+    counts = (environment.get(n) or "0" for n in (Environment.FAILURES, Environment.DISRUPTIONS))
+    return any(int(count) > 0 for count in counts) or bool(environment.get(Environment.RESUMED))

@@ -189,11 +189,48 @@ class Model(ApiModel):
 
 
 class Parallelism(ApiModel):
-    """Pods, GPUs in each, and over how many devices the experts are spread."""
+    """Pods, GPUs in each, and over how many ranks the experts are spread.
+
+    Attributes:
+        shard_dense: whether also what is no expert is sharded over the ranks.
+        timeout_seconds: a rank that makes no progress for so long is taken for lost.
+    """
 
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     gpus_per_worker: Annotated[int, Field(ge=0, le=16)] = 0
     expert_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+    shard_dense: bool = False
+    timeout_seconds: Annotated[int, Field(ge=5, le=86_400)] = 600
+
+    @property
+    def processes(self) -> int:
+        """Ranks of each pod: one a GPU, or one without."""
+        return max(1, self.gpus_per_worker)
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.workers * self.processes
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.world % self.expert_parallel:
+            raise SpecError(
+                "spec.parallelism.expertParallel",
+                self.expert_parallel,
+                f"must divide the job's {self.world} ranks: workers {self.workers} times"
+                f" {self.processes} for gpusPerWorker {self.gpus_per_worker}",
+            )
+        return self
+
+
+class Checkpoint(ApiModel):
+    """How often the run is saved, so that it can go on after a restart."""
+
+    every_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+
+
+DEFAULT_RETRIES = 3
 
 
 class OutputClaim(ApiModel):
@@ -218,7 +255,14 @@ class Output(ApiModel):
 
 
 class DPMoEJobSpec(ApiModel):
-    """What a team asks for."""
+    """What a team asks for.
+
+    Attributes:
+        checkpoint: needs blocks that open a claim for it. Absent, the run is saved by default
+            where they do.
+        retries: how many failures of each rank's pod are tried again; needs checkpoints.
+            `DEFAULT_RETRIES` if absent.
+    """
 
     blocks: BlockRequest
     privacy: Privacy
@@ -227,6 +271,8 @@ class DPMoEJobSpec(ApiModel):
     training: Training
     parallelism: Parallelism = Parallelism()
     output: Output
+    checkpoint: Checkpoint | None = None
+    retries: Annotated[int, Field(ge=0, le=100)] | None = None
     image: ImageName | None = None
     resources: Resources = Resources()
     placement: Placement = Placement()
@@ -294,6 +340,8 @@ class DPMoEJobStatus(StatusModel):
     steps: Annotated[int, Field(ge=0)] | None = None
     steps_done: Annotated[int, Field(ge=0)] | None = None
     progress: AmountText | None = None
+    eta: AmountText | None = None
+    restarts: Annotated[int, Field(ge=0)] | None = None
     blocks: Annotated[list[DnsName], Field(max_length=MAX_BLOCKS)] | None = None
     grant_entry: Annotated[str, Field(max_length=64)] | None = None
     settlement_entry: Annotated[str, Field(max_length=64)] | None = None
@@ -314,7 +362,9 @@ COLUMNS: list[dict[str, Any]] = [
     {"name": "Epsilon", "type": "string", "jsonPath": ".status.epsilon"},
     {"name": "Spent", "type": "string", "jsonPath": ".status.epsilonSpent"},
     {"name": "Progress", "type": "string", "jsonPath": ".status.progress"},
+    {"name": "ETA", "type": "string", "jsonPath": ".status.eta"},
     {"name": "Accuracy", "type": "string", "jsonPath": ".status.evaluation.accuracy"},
+    {"name": "Restarts", "type": "integer", "jsonPath": ".status.restarts", "priority": 1},
     {"name": "Utility", "type": "string", "jsonPath": ".status.utility", "priority": 1},
     {"name": "Blocks", "type": "string", "jsonPath": ".status.blocks", "priority": 1},
     {"name": "Output", "type": "string", "jsonPath": ".status.output", "priority": 1},

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from dpmoe_operator.api.base import (
     ApiModel,
+    DnsLabel,
     DnsName,
     LabelKey,
     Labels,
@@ -84,6 +85,12 @@ class Placement(ApiModel):
     """Which nodes the pods may run on. This list is closed: no other pod field can be set.
 
     `required_nodes` and `preferred_nodes` become one node selector term each.
+
+    Attributes:
+        queue_name: Kueue's LocalQueue in the blocks' namespace that the pods wait in for their
+            GPUs, once the job has its budget.
+        start_timeout_seconds: how long the pods may wait for nodes after the job got its budget;
+            then the budget returns. The operator's default if absent.
     """
 
     node_selector: Labels = {}
@@ -92,3 +99,5 @@ class Placement(ApiModel):
     preferred_nodes: Annotated[list[NodeRequirement], Field(max_length=32)] = []
     priority_class_name: DnsName | None = None
     runtime_class_name: DnsName | None = None
+    queue_name: DnsLabel | None = None
+    start_timeout_seconds: Annotated[int, Field(ge=1, le=315_360_000)] | None = None

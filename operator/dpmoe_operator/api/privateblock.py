@@ -239,6 +239,15 @@ class OutputGrant(ApiModel):
         return self
 
 
+class CheckpointGrant(ApiModel):
+    """A claim in the block's namespace for jobs' checkpoints.
+
+    It is private: they hold the keys of the noise, so it may be read by nobody but the trainers.
+    """
+
+    claim_name: DnsName
+
+
 class Access(ApiModel):
     """What one namespace may do with the block.
 
@@ -248,6 +257,8 @@ class Access(ApiModel):
         images: trainer images that the owner trusts beside the operator's own.
         models: claims in the block's namespace from which models may be read.
         outputs: places that results may go to.
+        checkpoints: where jobs keep what they need to go on after a restart; without it they are
+            never restarted.
     """
 
     namespace: DnsLabel
@@ -255,10 +266,19 @@ class Access(ApiModel):
     images: Annotated[list[ImageName], list_set(max_length=32), DISTINCT] = []
     models: Annotated[list[DnsName], list_set(max_length=32), DISTINCT] = []
     outputs: Annotated[list[OutputGrant], Field(max_length=32)] = []
+    checkpoints: CheckpointGrant | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         positive("spec.access.maxEpsilon", self.max_epsilon)
+        opened = {*self.models, *(output.claim_name for output in self.outputs)}
+        if self.checkpoints is not None and self.checkpoints.claim_name in opened:
+            raise SpecError(
+                "spec.access.checkpoints.claimName",
+                self.checkpoints.claim_name,
+                "must be a claim of its own, not one for models or outputs: checkpoints hold the"
+                " keys of the noise",
+            )
         return self
 
 

@@ -22,7 +22,8 @@ from dpmoe_operator.control.market import Market, Row
 from dpmoe_operator.control.planning import Planned
 from dpmoe_operator.control.projection import Waiting, timed_out
 from dpmoe_operator.control.settings import Settings
-from dpmoe_operator.control.views import JobView, Snapshot, format_time, parse_time
+from dpmoe_operator.control.times import format_time, parse_time
+from dpmoe_operator.control.views import JobView, Snapshot
 from dpmoe_operator.ledger.account import Account
 from dpmoe_operator.privacy.capacity import capacity
 from dpmoe_operator.privacy.units import MAX_UNITS, format_epsilon

@@ -46,14 +46,8 @@ from dpmoe_operator.control.settlement import (
     verdict_of_unlaunched,
     verdict_of_vanished,
 )
-from dpmoe_operator.control.views import (
-    BlockView,
-    JobView,
-    Meta,
-    Snapshot,
-    WorkloadView,
-    parse_time,
-)
+from dpmoe_operator.control.times import parse_time
+from dpmoe_operator.control.views import BlockView, JobView, Meta, Snapshot, WorkloadView
 from dpmoe_operator.launch.manifests import Launch
 from dpmoe_operator.ledger.account import Grant
 from dpmoe_operator.ledger.fold import LedgerState

@@ -17,7 +17,8 @@ from dpmoe_operator.api.privateblock import OrderStatus, PrivateBlockStatus, Spe
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.accounts import Standing
 from dpmoe_operator.control.settlement import Unanswered, answer, steps_shown
-from dpmoe_operator.control.views import JobView, Snapshot, WorkloadView, format_time
+from dpmoe_operator.control.times import format_time
+from dpmoe_operator.control.views import JobView, Snapshot, WorkloadView
 from dpmoe_operator.ledger.account import Account, Grant, minus
 from dpmoe_operator.privacy.calibration import epsilon_for
 from dpmoe_operator.privacy.capacity import conversion_cost, epsilon_of

@@ -3,27 +3,23 @@
 The rule of every row: what is not proven unspent is spent. Two things prove:
 
 - the ledger, or the pods' own states, show that no container with data ever started: all returns;
-- the report of the operator's own trainer image, from the only pod that ever ran as rank 0, answers
-  the granted plan and counts no fewer steps than it had shown: those that it did not take return.
+- the report of the operator's own trainer image, which counts all pods that ever ran rank 0
+  (`control/proof.py`), answers the granted plan and counts no fewer steps than were shown: those
+  that it does not count return.
 
 Everything else is charged in full, and the settlement says why.
 """
 
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 from dpmoe_operator.api.ledgerentry import Charge, Settled
-from dpmoe_operator.control.views import PodView, Snapshot, WorkloadView
+from dpmoe_operator.control.pods import PodView
+from dpmoe_operator.control.proof import Unanswered, last_report, never_started, only_report
+from dpmoe_operator.control.views import Snapshot, WorkloadView
 from dpmoe_operator.ledger.account import Grant
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.privacy.mechanisms import demand
-from dpmoe_trainer.contract import (
-    TERMINATION_MESSAGE_BYTES,
-    Mechanism,
-    Outcome,
-    TrainingReport,
-)
+from dpmoe_trainer.contract import Mechanism, Outcome, TrainingReport
 
 
 @dataclass(frozen=True)
@@ -93,16 +89,19 @@ def verdict_of_vanished(grant: Grant) -> Verdict:
     )
 
 
-def verdict_of_ended(grant: Grant, workload: WorkloadView, shown: int = 0) -> Verdict:
+def verdict_of_ended(
+    grant: Grant, workload: WorkloadView, shown: int = 0, why: str = "it was stopped before"
+) -> Verdict:
     """A launched grant whose Job ended or was stopped, so that no pod of it runs any more.
 
     Args:
         grant: the open grant.
         workload: its Job.
         shown: the most steps that its progress ever showed, as far as is known.
+        why: what stopped it, where the Job does not say.
     """
-    if _never_started(workload):
-        return Verdict("NeverStarted", 0, f"no container ever started ({workload.reason})")
+    if never_started(workload, rank_0_alone=grant.granted.reports_prove):
+        return Verdict("NeverStarted", 0, f"no container ever started ({workload.reason or why})")
     return _verdict_of_report(grant, workload, shown)
 
 
@@ -115,16 +114,6 @@ def steps_shown(snapshot: Snapshot, uid: str) -> int:
     progress, job = snapshot.progress.get(uid), snapshot.jobs.get(uid)
     remembered = job.status.get("stepsDone") if job is not None else None
     return max(progress.step if progress else 0, remembered or 0)
-
-
-def _never_started(workload: WorkloadView) -> bool:
-    """Whether every pod that the Job accounts for was seen, and none of them ever started."""
-    return (
-        len(workload.pods) > 0
-        and workload.ended <= len(workload.pods)
-        and workload.active == 0
-        and not any(pod.may_have_started for pod in workload.pods)
-    )
 
 
 def _verdict_of_report(grant: Grant, workload: WorkloadView, shown: int) -> Verdict:
@@ -146,16 +135,8 @@ def _verdict_of_report(grant: Grant, workload: WorkloadView, shown: int) -> Verd
     )
 
 
-class Unanswered(Exception):
-    """No report answers the granted plan. `outcome` is the settlement's word for it."""
-
-    def __init__(self, outcome: str, problem: str) -> None:
-        self.outcome = outcome
-        super().__init__(problem)
-
-
 def answer(grant: Grant, workload: WorkloadView, shown: int = 0) -> TrainingReport:
-    """The report that answers the granted plan, from the only pod that ever ran as rank 0.
+    """The report that answers the granted plan and counts all that was ever spent on it.
 
     Args:
         grant: the grant.
@@ -165,33 +146,11 @@ def answer(grant: Grant, workload: WorkloadView, shown: int = 0) -> TrainingRepo
     Raises:
         Unanswered: there is none, or it answers something else.
     """
-    pods, known = workload.first_pods, len(workload.pods)
-    if workload.ended > known:
-        raise Unanswered("ReportMissing", f"{workload.ended} pods ended, {known} of them were seen")
-    if len(pods) != 1:
-        raise Unanswered("ReportMissing", f"rank 0 ran in {len(pods)} known pods, not in one")
-    report = _read_report(pods[0])
-    problem = _contradiction(grant, report, pods[0], shown)
+    pod, report = last_report(workload) if workload.restartable else only_report(workload)
+    problem = _contradiction(grant, report, pod, shown)
     if problem is not None:
         raise Unanswered("ReportRefused", problem)
     return report
-
-
-def _read_report(pod: PodView) -> TrainingReport:
-    if pod.exit_code is None:
-        raise Unanswered("ReportMissing", "rank 0 ended without an exit code")
-    if not pod.message:
-        how = f"exit code {pod.exit_code}" + (f" ({pod.ended_by})" if pod.ended_by else "")
-        raise Unanswered("ReportMissing", f"rank 0 ended with {how} and wrote no report")
-    if len(pod.message.encode()) > TERMINATION_MESSAGE_BYTES:
-        raise Unanswered("ReportMissing", "the report is longer than a termination message")
-    try:
-        return TrainingReport.model_validate_json(pod.message)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "report"
-        problem = f"the report is malformed at {where}: {first['msg']}"
-        raise Unanswered("ReportMissing", problem) from None
 
 
 def _contradiction(grant: Grant, report: TrainingReport, pod: PodView, shown: int) -> str | None:

@@ -4,28 +4,21 @@ Views are built from plain JSON objects at the edge. A manifest that does not pa
 it is answered, not skipped.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from dpmoe_operator.api.base import SpecError, parse
 from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
 from dpmoe_operator.api.privateblock import PrivateBlockSpec
+from dpmoe_operator.control.pods import PodView
+from dpmoe_operator.control.times import parse_time
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_trainer.contract import Progress
 
 Json = Mapping[str, Any]
-
-
-def parse_time(text: str) -> datetime:
-    """An RFC 3339 time, as Kubernetes writes it."""
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
-
-
-def format_time(moment: datetime) -> str:
-    """An RFC 3339 time in UTC to the second, as Kubernetes reads it."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @dataclass(frozen=True)
@@ -106,82 +99,10 @@ class JobView:
         return cls(meta, spec, error, status)
 
 
-@dataclass(frozen=True)
-class PodView:
-    """A trainer pod, alive or as it was last seen before it was deleted.
-
-    Attributes:
-        index: its completion index, which is its rank's node.
-        scheduled: a node had been chosen.
-        may_have_started: nothing proves that its container never ran.
-        never_found: it ended, and the kubelet found no container of it. That alone proves nothing,
-            since a container that ran may be lost; see `following`.
-        ended: all of its containers have ended, for good.
-        exit_code: of the trainer container, once it ended.
-        message: its termination message, once it ended.
-        ended_by: what ended it, where the kubelet has a name for that, e.g. `OOMKilled`, `Evicted`.
-        waiting: why its container does not run yet, e.g. `ErrImagePull: no such image`, or
-            `Unschedulable: 0/2 nodes are available`.
-    """
-
-    uid: str
-    index: int
-    gone: bool
-    scheduled: bool
-    may_have_started: bool
-    never_found: bool
-    running: bool
-    ended: bool
-    exit_code: int | None
-    message: str | None
-    ended_by: str | None
-    waiting: str | None
-
-    @classmethod
-    def of(cls, manifest: Json, *, gone: bool = False) -> "PodView":
-        """View a pod; `gone` where the object is the last one before its deletion."""
-        meta, status = manifest["metadata"], manifest.get("status") or {}
-        containers = status.get("containerStatuses") or []
-        states = [container.get("state") or {} for container in containers]
-        ended = next((s["terminated"] for s in states if "terminated" in s), None)
-        waits = next((s["waiting"] for s in states if "waiting" in s), _unschedulable(status))
-        scheduled = bool((manifest.get("spec") or {}).get("nodeName"))
-        return cls(
-            uid=meta["uid"],
-            index=_index(meta),
-            gone=gone,
-            scheduled=scheduled,
-            may_have_started=scheduled and not _never_started(status, containers, gone),
-            never_found=_never_found(status, states),
-            running=any("running" in s for s in states),
-            ended=status.get("phase") in ("Succeeded", "Failed"),
-            exit_code=ended.get("exitCode") if ended else None,
-            message=ended.get("message") if ended else None,
-            ended_by=_ended_by(status, ended or {}),
-            waiting=": ".join(filter(None, (waits.get("reason"), waits.get("message"))))
-            if waits
-            else None,
-        )
-
-    def following(self, earlier: "PodView | None") -> "PodView":
-        """This view in the light of the one before it of the same pod.
-
-        A pod that is deleted before its container starts ends as `ContainerStatusUnknown`, by the
-        kubelet's last word. Whoever saw it wait until then knows that nothing ran.
-        """
-        if earlier is None or earlier.may_have_started == self.may_have_started:
-            return self
-        if earlier.may_have_started:
-            return replace(self, may_have_started=True)
-        return replace(self, may_have_started=not self.never_found)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs or may still run."""
-        return not (self.gone or self.ended)
-
-
-COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+QUEUE_NAME = "kueue.x-k8s.io/queue-name"
+"""Label by which Kueue takes a Job: from then on Kueue alone suspends and starts it."""
+PAUSED = "dpmoe.dev/paused"
+"""Annotation of a Kubernetes Job that the operator suspended since its DPMoEJob is, for now."""
 RELEASED = "dpmoe.dev/released"
 """Annotation of a Kubernetes Job, set in the same write that lets its pods run."""
 CANCELLED = "dpmoe.dev/cancelled"
@@ -189,67 +110,21 @@ CANCELLED = "dpmoe.dev/cancelled"
 an older view: a release carries the resource version that it was decided on."""
 
 
-def _index(meta: Json) -> int:
-    """A pod that hides its index counts as one that ran as rank 0."""
-    text = (meta.get("annotations") or {}).get(COMPLETION_INDEX, "")
-    return int(text) if text.isdecimal() else 0
-
-
-def _unschedulable(status: Json) -> Json | None:
-    """Why no node takes a pod, in the scheduler's words, once it has tried."""
-    conditions = status.get("conditions") or []
-    scheduled: Json = next((c for c in conditions if c.get("type") == "PodScheduled"), {})
-    refused = scheduled.get("status") == "False" and scheduled.get("message")
-    return scheduled if refused else None
-
-
-def _ended_by(status: Json, ended: Json) -> str | None:
-    names = (ended.get("reason"), status.get("reason"))
-    return next((name for name in names if name not in (None, "Error", "Completed")), None)
-
-
-def _never_started(status: Json, containers: list[Any], gone: bool) -> bool:
-    """Whether the kubelet's own word shows that no container of a scheduled pod ever ran."""
-    if status.get("phase", "Pending") != "Pending":
-        return False
-    disrupted = any(c.get("type") == "DisruptionTarget" for c in status.get("conditions") or [])
-    if gone or disrupted:
-        # Deleted past the kubelet, whose last word says how a pod ended: this one may be stale.
-        return False
-    return all(
-        "waiting" in (container.get("state") or {})
-        and not container.get("lastState")
-        and not container.get("restartCount")
-        for container in containers
-    )
-
-
-def _never_found(status: Json, states: list[Any]) -> bool:
-    """Whether the kubelet ended a pod without ever having had a container of it."""
-    ends = [state.get("terminated") or {} for state in states]
-    return (
-        status.get("phase") == "Failed"
-        and len(ends) > 0
-        and all(
-            end.get("reason") == "ContainerStatusUnknown"
-            and not end.get("containerID")
-            and not end.get("startedAt")
-            for end in ends
-        )
-    )
-
-
 @dataclass(frozen=True)
 class WorkloadView:
     """The Kubernetes Job that runs a granted job, with every pod of it that was ever seen.
 
     Attributes:
-        released: the operator let its pods run, once; a Job that is suspended after that is over,
-            since a second start would spend a second time.
+        released: the operator let its pods run, and when. A Job that is suspended after that is
+            over, since a second start would spend a second time, unless it is `restartable`.
+        restartable: its pods keep checkpoints and a journal, and failed ones are replaced.
+        queued: it is Kueue's to start and to suspend.
+        paused: the operator suspended it, to let it go on later.
         cancelled: the operator gave the Job up; it is never released after that.
         asked_to_suspend: it has to be suspended; its pods may not know yet.
         active: pods that run or may run.
-        ended: pods that the Job counted as succeeded or failed.
+        ended: pods that the Job counted as succeeded or failed; disrupted ones it does not count.
+        failed_first: index 0 failed for good.
         suspended: the Job is suspended and has no pods left that run or end.
         confirmed: the pods were read from the server after the Job had ended, so that a slow watch
             is not mistaken for a missing report.
@@ -258,12 +133,16 @@ class WorkloadView:
     """
 
     meta: Meta
-    released: bool
+    released: datetime | None
+    restartable: bool
+    queued: bool
+    paused: bool
     cancelled: bool
     asked_to_suspend: bool
     suspended: bool
     active: int
     ended: int
+    failed_first: bool
     outcome: str | None
     reason: str
     confirmed: bool
@@ -275,7 +154,8 @@ class WorkloadView:
     ) -> "WorkloadView":
         """View a Kubernetes Job and its pods."""
         annotations = manifest["metadata"].get("annotations") or {}
-        status = manifest.get("status") or {}
+        spec, status = manifest.get("spec") or {}, manifest.get("status") or {}
+        released = annotations.get(RELEASED)
         true = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
         outcome = next((kind for kind in ("Complete", "Failed") if kind in true), None)
         condition = true.get(outcome or "", {})
@@ -283,12 +163,16 @@ class WorkloadView:
         leaving = status.get("terminating") or 0
         return cls(
             meta=Meta.of(manifest),
-            released=RELEASED in annotations,
+            released=_time_of(released) if released is not None else None,
+            restartable=spec.get("backoffLimitPerIndex") is not None,
+            queued=QUEUE_NAME in (manifest["metadata"].get("labels") or {}),
+            paused=PAUSED in annotations,
             cancelled=CANCELLED in annotations,
-            asked_to_suspend=bool((manifest.get("spec") or {}).get("suspend")),
+            asked_to_suspend=bool(spec.get("suspend")),
             suspended="Suspended" in true and active == 0 and leaving == 0,
             active=active,
             ended=(status.get("succeeded") or 0) + (status.get("failed") or 0),
+            failed_first=_begins_with_zero(status.get("failedIndexes") or ""),
             outcome=outcome,
             reason=": ".join(filter(None, (condition.get("reason"), condition.get("message")))),
             confirmed=confirmed,
@@ -300,17 +184,33 @@ class WorkloadView:
         """No pod of it runs or will run: the Job ended, or was suspended after its release.
 
         A Job's status lags behind its spec: right after the release it still says `Suspended`.
+        Where it may go on, a suspension is no end: by the operator for a while, or by Kueue, which
+        wants the GPUs for somebody else.
         """
         if any(pod.alive for pod in self.pods):
             return False
-        stopped = self.released and self.asked_to_suspend and self.suspended
-        return self.outcome is not None or stopped
+        goes_on = self.restartable and (self.paused or self.queued) and not self.cancelled
+        stopped = self.released and self.asked_to_suspend and self.suspended and not goes_on
+        return self.outcome is not None or bool(stopped)
+
+    @property
+    def starts(self) -> int:
+        """How often its pods were let run, at most: a generation counts changes of the spec.
+
+        It is created suspended, and every start is a change, as is every suspension before another.
+        """
+        return self.meta.generation // 2
+
+    @property
+    def untouched(self) -> bool:
+        """Nobody ever let its pods run: nothing of its spec changed since it was made suspended."""
+        return self.asked_to_suspend and self.meta.generation == 1
 
     @property
     def may_have_run(self) -> bool:
         """Whether anybody let its pods run, the operator or not."""
         return (
-            self.released
+            self.released is not None
             or not self.asked_to_suspend
             or self.active > 0
             or self.ended > 0
@@ -319,8 +219,28 @@ class WorkloadView:
 
     @property
     def first_pods(self) -> tuple[PodView, ...]:
-        """The pods of completion index 0; rank 0 lives in the only one, unless it was replaced."""
-        return tuple(pod for pod in self.pods if pod.index == 0)
+        """The pods of completion index 0, in which rank 0 lives, in the order of their creation."""
+        pods = [pod for pod in self.pods if pod.index == 0]
+        return tuple(sorted(pods, key=lambda pod: (pod.created, pod.failures)))
+
+    @property
+    def restarts(self) -> int:
+        """How often a pod that had started was followed by another, at the index with most."""
+        started = [pod.index for pod in self.pods if pod.may_have_started]
+        return max((started.count(index) for index in set(started)), default=1) - 1
+
+
+def _time_of(mark: str) -> datetime:
+    """When a mark was set; long ago where somebody wrote into it."""
+    try:
+        return parse_time(mark)
+    except ValueError:
+        return datetime.min.replace(tzinfo=UTC)
+
+
+def _begins_with_zero(indexes: str) -> bool:
+    """Whether a list such as `0-2,4` has index 0 in it."""
+    return re.match(r"0(?![0-9])", indexes) is not None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from dpmoe_operator.control.actions import (
     SetStatus,
     Stop,
 )
-from dpmoe_operator.control.views import CANCELLED, RELEASED, format_time
+from dpmoe_operator.control.times import format_time
+from dpmoe_operator.control.views import CANCELLED, RELEASED
 from dpmoe_operator.kube.client import KubeClient
 from dpmoe_operator.kube.errors import AlreadyExists, ApiError, Conflict, NotFound, Unreachable
 from dpmoe_operator.kube.picture import Picture

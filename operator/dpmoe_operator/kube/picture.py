@@ -12,7 +12,8 @@ from datetime import datetime
 from typing import Any
 
 from dpmoe_operator.control.decide import data_namespace
-from dpmoe_operator.control.views import BlockView, JobView, PodView, Snapshot, WorkloadView
+from dpmoe_operator.control.pods import PodView
+from dpmoe_operator.control.views import BlockView, JobView, Snapshot, WorkloadView
 from dpmoe_operator.launch.manifests import JOB_NAME, JOB_NAMESPACE, JOB_UID, workload_name
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_trainer.contract import JobReference, Progress

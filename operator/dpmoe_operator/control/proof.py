@@ -1,0 +1,145 @@
+"""What the pods of a Job prove: that nothing started, or which report counts all that did.
+
+Where a failed pod is replaced, no single pod knows all. The run's journal does: it lies beside the
+checkpoints, every pod that runs rank 0 writes its uid into it before it touches data, and each report
+says whom it lists. So a report counts everything if it lists every pod that may have run rank 0, its
+own last. What may have gone unseen is a doubt, and doubts end closed.
+"""
+
+from pydantic import ValidationError
+
+from dpmoe_operator.control.pods import PodView
+from dpmoe_operator.control.views import WorkloadView
+from dpmoe_trainer.contract import (
+    FINAL_CODES,
+    TERMINATION_MESSAGE_BYTES,
+    ExitCode,
+    TrainingReport,
+)
+
+
+class Unanswered(Exception):
+    """No report answers the granted plan. `outcome` is the settlement's word for it."""
+
+    def __init__(self, outcome: str, problem: str) -> None:
+        self.outcome = outcome
+        super().__init__(problem)
+
+
+def never_started(workload: WorkloadView, *, rank_0_alone: bool) -> bool:
+    """Whether nothing that the Job ran can have spent anything.
+
+    Args:
+        workload: a Job that is over.
+        rank_0_alone: its image is the operator's own. There is no step without rank 0, which makes
+            the key of the noise, so it is enough that rank 0 never started.
+    """
+    pods = workload.first_pods if rank_0_alone else workload.pods
+    if not pods:
+        return workload.untouched and not workload.pods
+    return (
+        not any(pod.may_have_started for pod in pods)
+        and workload.ended <= len(workload.pods)
+        and workload.active == 0
+        and (not workload.restartable or _all_seen(workload, rank_0_alone=rank_0_alone))
+    )
+
+
+def _all_seen(workload: WorkloadView, *, rank_0_alone: bool) -> bool:
+    """Whether no pod of a Job that replaces its pods can have come and gone unseen."""
+    indexes = {0} if rank_0_alone else {pod.index for pod in workload.pods}
+    for index in indexes:
+        pods = [pod for pod in workload.pods if pod.index == index]
+        last = max(pods, key=lambda pod: (pod.created, pod.failures))
+        followed = max(pod.failures for pod in pods)
+        if not last.witnessed or len(pods) <= followed or len(pods) < workload.starts:
+            return False
+    return True
+
+
+def only_report(workload: WorkloadView) -> tuple[PodView, TrainingReport]:
+    """The report of the only pod that ever ran as rank 0, where failed pods are not replaced.
+
+    Raises:
+        Unanswered: there is none, or there may have been another pod.
+    """
+    pods, known = workload.first_pods, len(workload.pods)
+    if workload.ended > known:
+        raise Unanswered("ReportMissing", f"{workload.ended} pods ended, {known} of them were seen")
+    if len(pods) != 1:
+        raise Unanswered("ReportMissing", f"rank 0 ran in {len(pods)} known pods, not in one")
+    return pods[0], _read_report(pods[0])
+
+
+def last_report(workload: WorkloadView) -> tuple[PodView, TrainingReport]:
+    """The report that counts all pods that ever ran rank 0, where failed ones are replaced.
+
+    Raises:
+        Unanswered: there is none, or it may not count all of them.
+    """
+    started = [pod for pod in workload.first_pods if pod.may_have_started]
+    if not started:
+        raise Unanswered("ReportMissing", "no pod that may have run rank 0 was seen")
+    last = started[-1]
+    first_try = _was_first(workload, last)
+    if last.exit_code == ExitCode.JOURNAL_LOST and not first_try:
+        raise Unanswered("JournalLost", "the run's journal is gone: nothing shows what was spent")
+    report = _read_report(last)
+    # Whoever refuses its plan or its volume has no journal, and needs none if nobody was before.
+    attempts = report.attempts or ((last.uid,) if first_try else ())
+    if not attempts or attempts[-1] != last.uid:
+        raise Unanswered("ReportMissing", "the report does not list its own pod as the last attempt")
+    missing = [pod.uid for pod in started if pod.uid not in attempts]
+    if missing:
+        raise Unanswered(
+            "ReportMissing",
+            f"the report does not count {len(missing)} of {len(started)} pods that may have run"
+            f" rank 0: {missing[0]}",
+        )
+    doubt = _may_have_missed(workload, last, set(attempts))
+    if doubt is not None:
+        raise Unanswered("ReportMissing", doubt)
+    return last, report
+
+
+def _was_first(workload: WorkloadView, last: PodView) -> bool:
+    """Whether every pod of rank 0 before that one is known, and none of them started."""
+    others = [pod for pod in workload.first_pods if pod.uid != last.uid]
+    return (
+        workload.starts <= 1
+        and len(others) >= last.failures
+        and not any(pod.may_have_started for pod in others)
+    )
+
+
+def _may_have_missed(workload: WorkloadView, last: PodView, listed: set[str]) -> str | None:
+    """Why a pod that ran rank 0 may have gone both unseen and unlisted, or None."""
+    first = listed | {pod.uid for pod in workload.first_pods}
+    known = first | {pod.uid for pod in workload.pods}
+    if len(first) <= last.failures:
+        return f"{last.failures} pods of rank 0 failed before, {len(first) - 1} of them are known"
+    if len(first) < workload.starts:
+        return f"the Job was started {workload.starts} times, {len(first)} pods of rank 0 are known"
+    if workload.ended > len(known):
+        return f"{workload.ended} pods ended, {len(known)} of them are known"
+    final = workload.outcome == "Complete" or workload.failed_first or last.exit_code in FINAL_CODES
+    if not final and not last.witnessed:
+        return "rank 0 ended while no operator watched: another pod of it may have followed unseen"
+    return None
+
+
+def _read_report(pod: PodView) -> TrainingReport:
+    if pod.exit_code is None:
+        raise Unanswered("ReportMissing", "rank 0 ended without an exit code")
+    if not pod.message:
+        how = f"exit code {pod.exit_code}" + (f" ({pod.ended_by})" if pod.ended_by else "")
+        raise Unanswered("ReportMissing", f"rank 0 ended with {how} and wrote no report")
+    if len(pod.message.encode()) > TERMINATION_MESSAGE_BYTES:
+        raise Unanswered("ReportMissing", "the report is longer than a termination message")
+    try:
+        return TrainingReport.model_validate_json(pod.message)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "report"
+        problem = f"the report is malformed at {where}: {first['msg']}"
+        raise Unanswered("ReportMissing", problem) from None

@@ -36,6 +36,7 @@ from dpmoe_operator.control.actions import (
 )
 from dpmoe_operator.control.decide import Decision, decide, react
 from dpmoe_operator.control.planning import Planner
+from dpmoe_operator.control.times import format_time
 from dpmoe_operator.control.views import CANCELLED, RELEASED, WorkloadView
 from dpmoe_operator.kube.picture import Picture
 from dpmoe_operator.launch.manifests import JOB_UID, Launch, build_job
@@ -172,9 +173,10 @@ class Cluster:
     ) -> Object:
         """Change a workload's `suspend`, with an annotation in the same write."""
         manifest = self.workloads[workload_uid]
+        manifest["metadata"]["generation"] += manifest["spec"]["suspend"] != suspend
         manifest["spec"]["suspend"] = suspend
         if annotation is not None:
-            manifest["metadata"]["annotations"][annotation] = "now"
+            manifest["metadata"]["annotations"][annotation] = format_time(self.now)
         self.changed("workload", "MODIFIED", manifest)
         return deepcopy(manifest)
 

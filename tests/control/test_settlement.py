@@ -32,8 +32,8 @@ from tests.control.workloads import (
 from dpmoe_operator.control.decide import decide
 from dpmoe_operator.control.planning import Planner
 from dpmoe_operator.control.pods import PodView
+from dpmoe_operator.control.proof import Unanswered
 from dpmoe_operator.control.settlement import (
-    Unanswered,
     Verdict,
     answer,
     settle,

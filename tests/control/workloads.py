@@ -34,7 +34,14 @@ def workload(
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": metadata(workload_name(job), OWNER, uid, labels=labels(job), annotations=marks),
+        "metadata": metadata(
+            workload_name(job),
+            OWNER,
+            uid,
+            labels=labels(job),
+            annotations=marks,
+            generation=1 + (released or not suspend) + (released and suspend),
+        ),
         "spec": {"suspend": suspend},
         "status": {
             **status,

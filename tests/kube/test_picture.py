@@ -35,6 +35,7 @@ def pod(version: int, **status: Any) -> dict[str, Any]:
             "namespace": "data",
             "uid": "p1",
             "resourceVersion": str(version),
+            "creationTimestamp": "2026-01-01T00:00:00Z",
             "labels": labels(JOB),
             "ownerReferences": [{"uid": "w1", "controller": True}],
         },

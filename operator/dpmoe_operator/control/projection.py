@@ -16,7 +16,8 @@ from dpmoe_operator.api.ledgerentry import Charge, GrantClosed
 from dpmoe_operator.api.privateblock import OrderStatus, PrivateBlockStatus, Spender
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.accounts import Standing
-from dpmoe_operator.control.settlement import Unanswered, answer, steps_shown
+from dpmoe_operator.control.proof import Unanswered
+from dpmoe_operator.control.settlement import answer, steps_shown
 from dpmoe_operator.control.times import format_time
 from dpmoe_operator.control.views import JobView, Snapshot, WorkloadView
 from dpmoe_operator.ledger.account import Account, Grant, minus

@@ -135,7 +135,7 @@ class Picture:
         if event == "DELETED":
             self._pod_objects.pop(meta["uid"], None)
             if known is not None and known.version >= version:
-                view = replace(view, may_have_started=True)
+                view = replace(view, may_have_started=True, witnessed=False)
         elif known is not None and (known.view.gone or known.version > version):
             return
         else:

@@ -27,7 +27,7 @@ from dpmoe_operator.kube.resources import (
     Resource,
 )
 from dpmoe_operator.kube.watch import Informer
-from dpmoe_operator.launch.manifests import JOB_NAME, SELECTOR
+from dpmoe_operator.launch.launching import JOB_NAME, SELECTOR
 from dpmoe_operator.local.envtest import API_SERVER
 from dpmoe_operator.local.stack import NAMESPACE, Api, Stack
 

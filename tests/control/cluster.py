@@ -39,7 +39,8 @@ from dpmoe_operator.control.planning import Planner
 from dpmoe_operator.control.times import format_time
 from dpmoe_operator.control.views import CANCELLED, RELEASED, WorkloadView
 from dpmoe_operator.kube.picture import Picture
-from dpmoe_operator.launch.manifests import JOB_UID, Launch, build_job
+from dpmoe_operator.launch.launching import JOB_UID, Launch
+from dpmoe_operator.launch.manifests import build_job
 from dpmoe_operator.ledger.entry import in_entries
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.ledger.log import Ledger

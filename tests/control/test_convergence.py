@@ -12,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from tests.builders import ABSENT, OTHER_TEAM, TEAM, UNITS, Object, block, job
 from tests.control.cluster import Cluster, Killed, Operator, settle_down
 
-from dpmoe_operator.launch.manifests import JOB_UID
+from dpmoe_operator.launch.launching import JOB_UID
 
 BLOCKS: dict[str, Object] = {
     "a": {"budget": {"epsilon": "3", "orders": ["8"]}},

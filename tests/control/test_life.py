@@ -27,7 +27,7 @@ from dpmoe_operator.control.actions import Remove, SetStatus
 from dpmoe_operator.control.decide import decide
 from dpmoe_operator.control.times import parse_time
 from dpmoe_operator.control.views import CANCELLED, RELEASED
-from dpmoe_operator.launch.manifests import JOB_UID, workload_name
+from dpmoe_operator.launch.launching import JOB_UID, workload_name
 from dpmoe_trainer.contract import JobReference
 
 ACCOUNT = "claim://vault/data/reviews.jsonl"

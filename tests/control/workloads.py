@@ -10,7 +10,7 @@ from tests.builders import OWNER, TEAM, Object, metadata
 
 from dpmoe_operator.control.pods import COMPLETION_INDEX, PodView
 from dpmoe_operator.control.views import CANCELLED, RELEASED
-from dpmoe_operator.launch.manifests import labels, workload_name
+from dpmoe_operator.launch.launching import labels, workload_name
 from dpmoe_trainer.contract import JobReference, Mechanism, Outcome, TrainingReport
 
 RUNTIME_ID = "containerd://1"

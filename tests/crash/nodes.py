@@ -10,7 +10,7 @@ from typing import Any
 from tests.builders import OWNER, Object
 from tests.control.workloads import CREATING, NEVER_FOUND, RUNNING, SCHEDULED, ended, report
 
-from dpmoe_operator.launch.manifests import JOB_UID
+from dpmoe_operator.launch.launching import JOB_UID
 from dpmoe_operator.launch.paths import PLAN_FILE
 from dpmoe_operator.local.apiserver.cluster import Cluster
 from dpmoe_operator.local.apiserver.deletion import Deletion

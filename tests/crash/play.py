@@ -11,7 +11,7 @@ from tests.crash.stories import Stage, Story
 from tests.crash.wire import Fault
 from tests.crash.world import OWNED, World
 
-from dpmoe_operator.launch.manifests import JOB_NAME
+from dpmoe_operator.launch.launching import JOB_NAME
 from dpmoe_operator.ledger.account import Grant
 from dpmoe_operator.local.apiserver.resources import JOBS, PODS
 

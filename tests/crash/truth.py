@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.builders import SETTINGS, Object
 from tests.crash.nodes import Nodes, is_running
 
-from dpmoe_operator.launch.manifests import JOB_UID
+from dpmoe_operator.launch.launching import JOB_UID
 from dpmoe_operator.ledger.account import Grant
 from dpmoe_operator.ledger.anchor import Anchor
 from dpmoe_operator.ledger.entry import GENESIS

@@ -25,7 +25,7 @@ from tests.crash.truth import GROUP, Truth
 from tests.crash.wire import Fault, Wire
 
 from dpmoe_operator.kube.store import KubeEntryStore
-from dpmoe_operator.launch.manifests import JOB_UID
+from dpmoe_operator.launch.launching import JOB_UID
 from dpmoe_operator.ledger import log
 from dpmoe_operator.ledger.anchor import Anchor
 from dpmoe_operator.ledger.fold import LedgerState

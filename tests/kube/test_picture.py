@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dpmoe_operator.kube.picture import Picture, Rewound
-from dpmoe_operator.launch.manifests import labels, workload_name
+from dpmoe_operator.launch.launching import labels, workload_name
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_trainer.contract import JobReference
 

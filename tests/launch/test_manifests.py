@@ -31,17 +31,14 @@ from dpmoe_operator.control.actions import Prepare
 from dpmoe_operator.control.decide import decide, react
 from dpmoe_operator.control.planning import Planner
 from dpmoe_operator.launch import paths
+from dpmoe_operator.launch.launching import JOB_UID, Launch, labels, workload_name
 from dpmoe_operator.launch.manifests import (
     CONTAINER,
-    JOB_UID,
-    Launch,
     build_all,
     build_config_map,
     build_job,
     build_network_policy,
     build_service,
-    labels,
-    workload_name,
 )
 from dpmoe_trainer.contract import PROGRESS_PORT, JobReference, TrainingPlan
 

@@ -17,7 +17,7 @@ from tests.node.cluster import Node
 from tests.node.image import IMAGE
 
 from dpmoe_operator.api.crd import all_definitions
-from dpmoe_operator.launch.manifests import JOB_NAME
+from dpmoe_operator.launch.launching import JOB_NAME
 
 SYSTEM, OWNER, TEAM = "dpmoe-system", "clinic", "team-a"
 ROWS = 200

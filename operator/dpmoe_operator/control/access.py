@@ -208,3 +208,41 @@ def _check_output(spec: DPMoEJobSpec, block: str, access: Access) -> None:
             f"{field}: {value!r}: block {block} opens {opened} for results; use one of them, or"
             " ask the owner to add it to spec.access.outputs",
         )
+
+
+def checkpoint_claim(
+    spec: DPMoEJobSpec, chosen: Sequence[Standing], opened: Sequence[Access]
+) -> str | None:
+    """The claim for a job's checkpoints: the one that all of its blocks open; None without.
+
+    Args:
+        spec: of the job.
+        chosen: its blocks.
+        opened: what the owner of each opened to its namespace.
+
+    Raises:
+        Refusal: the job asks for what needs checkpoints, and its blocks do not agree on a claim.
+    """
+    claims = [access.checkpoints.claim_name if access.checkpoints else None for access in opened]
+    if None not in claims and len(set(claims)) == 1:
+        return claims[0]
+    asked = {
+        "spec.checkpoint": spec.checkpoint is not None,
+        "spec.retries": bool(spec.retries),
+        "spec.placement.queueName": spec.placement.queue_name is not None,
+    }
+    for field, needs in asked.items():
+        if needs:
+            other = next(i for i, claim in enumerate(claims) if claim is None or claim != claims[0])
+            name = chosen[other].block.meta.name
+            raise Refusal(
+                Reason.BLOCK_NOT_SHARED,
+                f"{field}: needs a claim for checkpoints that all blocks open: block {name} opens"
+                f" {claims[other] or 'none'}{_beside(claims, other)}; leave {field} out, or ask the"
+                " owner to set spec.access.checkpoints",
+            )
+    return None
+
+
+def _beside(claims: Sequence[str | None], other: int) -> str:
+    return "" if other == 0 or claims[0] is None else f", the first block {claims[0]}"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpmoe_operator.control.views import BlockView, JobView
-from dpmoe_operator.launch.manifests import Launch
+from dpmoe_operator.launch.launching import Launch
+from dpmoe_trainer.contract import JobReference
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,28 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Release:
-    """Let a launched job's pods run, once and for ever.
+    """Let a launched job's pods run, or hand it to Kueue, which will.
 
     Applies only to the version of the Job that the decision saw: whoever gave it up since wins.
+
+    Attributes:
+        queue: Kueue's LocalQueue that it waits in from now on; None to start it at once.
+        again: it ran before, and goes on.
+    """
+
+    job_uid: str
+    namespace: str
+    name: str
+    resource_version: str
+    queue: str | None = None
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Suspend a job whose DPMoEJob is suspended: its pods save themselves and end, its grant stays.
+
+    Applies only to the version of the Job that the decision saw.
     """
 
     job_uid: str
@@ -33,8 +53,22 @@ class Release:
 
 
 @dataclass(frozen=True)
+class MarkStarted:
+    """Say to later pods of a run that there was an earlier one.
+
+    Attributes:
+        job: the DPMoEJob.
+        owner: name and uid of the Kubernetes Job.
+    """
+
+    job: JobReference
+    namespace: str
+    owner: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Stop:
-    """Give up a job whose DPMoEJob is gone: suspend it, so that its pods end and it is settled."""
+    """Give up a job for good: suspend it, so that its pods end and it is settled."""
 
     job_uid: str
     namespace: str
@@ -112,4 +146,4 @@ def status_write(
     )
 
 
-Action = Prepare | Release | Stop | Remove | DeleteJob | SetStatus
+Action = Prepare | Release | Pause | MarkStarted | Stop | Remove | DeleteJob | SetStatus

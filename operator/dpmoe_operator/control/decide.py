@@ -9,7 +9,7 @@ The life of a grant:
     granted → Job created, suspended → launched (in the ledger) → released → ended → settled
 
 A grant without the launched record has provably started nothing. A Job that was released and is
-suspended again is over: a second start would spend a second time.
+suspended again is over, unless it keeps checkpoints: a second start would spend a second time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,10 +26,8 @@ from dpmoe_operator.control.actions import (
     Action,
     DeleteJob,
     Prepare,
-    Release,
     Remove,
     SetStatus,
-    Stop,
     status_write,
 )
 from dpmoe_operator.control.allocation import Allocation, allocate
@@ -46,9 +44,10 @@ from dpmoe_operator.control.settlement import (
     verdict_of_unlaunched,
     verdict_of_vanished,
 )
+from dpmoe_operator.control.steering import steer
 from dpmoe_operator.control.times import parse_time
 from dpmoe_operator.control.views import BlockView, JobView, Meta, Snapshot, WorkloadView
-from dpmoe_operator.launch.manifests import Launch
+from dpmoe_operator.launch.launching import Launch
 from dpmoe_operator.ledger.account import Grant
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_trainer.contract import JobReference
@@ -203,7 +202,8 @@ def _verdict(
             return verdict_of_stolen_start(grant)
         return verdict_of_unlaunched("the DPMoEJob was deleted before its pods were released")
     if workload.over and workload.confirmed:
-        return verdict_of_ended(grant, workload, steps_shown(snapshot, uid))
+        why = "not within its start timeout" if uid in snapshot.jobs else "its DPMoEJob was deleted"
+        return verdict_of_ended(grant, workload, steps_shown(snapshot, uid), why)
     return None
 
 
@@ -237,11 +237,7 @@ def _workload_actions(
         if grant.launched is None and planned is not None and uid not in snapshot.prepared:
             yield Prepare(_launch(planned, grant, judged, settings))
         elif grant.launched is not None and workload is not None:
-            meta = workload.meta
-            if uid not in snapshot.jobs and not workload.cancelled:
-                yield Stop(uid, meta.namespace, meta.name)
-            elif not workload.released and not workload.cancelled:
-                yield Release(uid, meta.namespace, meta.name, meta.resource_version)
+            yield from steer(snapshot, grant, workload, settings)
     for uid, workload in snapshot.workloads.items():
         if _is_orphan(snapshot, uid, workload):
             yield Remove(workload.meta.namespace, workload.meta.name, workload.meta.uid)
@@ -286,6 +282,10 @@ def _launch(
         operator_labels=dict(settings.progress_labels),
         operator_namespace=settings.namespace,
         user=settings.pods_run_as,
+        grace_seconds=settings.grace_seconds,
+        env=settings.trainer_env,
+        checkpoints=planned.checkpoints,
+        gang=settings.gangs,
     )
 
 

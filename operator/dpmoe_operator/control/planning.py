@@ -12,43 +12,27 @@ from decimal import Decimal
 from dpmoe_operator.api.base import SpecError
 from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
 from dpmoe_operator.api.ledgerentry import (
-    MAX_STEPS,
     Charge,
     Granted,
     ObjectReference,
     Record,
 )
-from dpmoe_operator.api.privateblock import Dataset, Table
+from dpmoe_operator.api.privateblock import Dataset
 from dpmoe_operator.api.reasons import Reason
-from dpmoe_operator.api.training import Task
-from dpmoe_operator.control.access import Refusal, check_access, choose_blocks
+from dpmoe_operator.control.access import (
+    Refusal,
+    check_access,
+    checkpoint_claim,
+    choose_blocks,
+)
 from dpmoe_operator.control.accounts import Standing
-from dpmoe_operator.control.recipe import clipping_plan, model_plan, training_settings
+from dpmoe_operator.control.plan import training_plan
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.views import JobView
-from dpmoe_operator.launch import paths
 from dpmoe_operator.ledger.entry import MAX_RECORD_BYTES, size_of
-from dpmoe_operator.privacy.calibration import CalibrationError, epsilon_for, noise_multiplier_for
+from dpmoe_operator.privacy.calibration import CalibrationError
 from dpmoe_operator.privacy.mechanisms import demand
-from dpmoe_trainer.contract import (
-    BlockPlan,
-    DataFormat,
-    DataPlan,
-    EvaluationPlan,
-    JobReference,
-    OutputPlan,
-    ParallelPlan,
-    PartitionPlan,
-    PrivacyPlan,
-    TrainingPlan,
-    UnitPlan,
-)
-
-MAX_EPSILON = Decimal(1000)
-"""Beyond this ε says nothing about privacy; a manifest that asks it is a mistake."""
-
-TOLERANCE = 1e-3
-"""Relative slack between a stated ε and the ε of a stated σ: both were written by hand."""
+from dpmoe_trainer.contract import TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -63,6 +47,7 @@ class Planned:
         caps: by account, the most that the job's namespace may spend there, where it is capped.
         reservation: the record that grants it.
         utility: of an elastic job at this point, of its whole utility; 1 of every other.
+        checkpoints: claim for the run's checkpoints; None where it is never restarted.
         others: the job's other points, if it is elastic, the better ones first.
     """
 
@@ -73,6 +58,7 @@ class Planned:
     caps: Mapping[str, str]
     reservation: Granted
     utility: str = "1"
+    checkpoints: str | None = None
     others: tuple["Planned", ...] = ()
 
     @property
@@ -150,7 +136,9 @@ def _plan_point(
         chosen = choose_blocks(spec, job.meta.uid, standings, granted)
         access = check_access(job, chosen, settings)
         _check_blocks(spec, chosen)
-        plan = _plan(job, spec, chosen)
+        _check_devices(spec, settings.gpu_resource)
+        claim = checkpoint_claim(spec, chosen, access)
+        plan = training_plan(job, spec, chosen, claim)
     except SpecError as error:
         raise Refusal(Reason.INVALID_SPEC, f"{error}{_at_point(spec, utility)}") from error
     except CalibrationError as error:
@@ -174,6 +162,7 @@ def _plan_point(
         },
         reservation=reservation,
         utility=utility,
+        checkpoints=claim,
     )
 
 
@@ -328,13 +317,6 @@ def _check_blocks(spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> None:
                 f"must be below 1/N = 1/{other.dataset.units}, the units of block {name}: at 1/N"
                 " one may be published whole",
             )
-    if spec.parallelism.workers > 1 or spec.parallelism.expert_parallel > 1:
-        raise SpecError(
-            "spec.parallelism",
-            f"workers {spec.parallelism.workers}, expertParallel"
-            f" {spec.parallelism.expert_parallel}",
-            "must be 1: this version's trainer runs in one pod",
-        )
 
 
 def _check_labels(name: str, dataset: Dataset, first: Dataset) -> None:
@@ -349,120 +331,13 @@ def _check_labels(name: str, dataset: Dataset, first: Dataset) -> None:
         raise SpecError("spec.blocks", name, f"has {dataset.labels} labels, not {first.labels}")
 
 
-def _plan(job: JobView, spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> TrainingPlan:
-    output = spec.output
-    return TrainingPlan(
-        job=JobReference(namespace=job.meta.namespace, name=job.meta.name, uid=job.meta.uid),
-        blocks=tuple(_block_plan(standing, spec.training.task) for standing in chosen),
-        privacy=_privacy_plan(spec, chosen),
-        model=model_plan(spec, chosen[0].spec.dataset),
-        training=training_settings(spec),
-        parallel=ParallelPlan(
-            workers=spec.parallelism.workers, expert_parallel=spec.parallelism.expert_parallel
-        ),
-        evaluation=_evaluation_plan(chosen, spec.training.task),
-        output=OutputPlan(path=paths.output(job.meta.namespace, output.claim), uri=None)
-        if output.claim is not None
-        else OutputPlan(path=None, uri=output.uri),
-    )
-
-
-def _block_plan(standing: Standing, task: Task) -> BlockPlan:
-    meta, spec = standing.block.meta, standing.spec
-    assert standing.account_name is not None
-    return BlockPlan(
-        namespace=meta.namespace,
-        name=meta.name,
-        account=standing.account_name,
-        units=spec.dataset.units,
-        unit=UnitPlan(kind=spec.unit.kind, column=spec.unit.column),
-        data=_data_plan(spec.dataset, task),
-    )
-
-
-def _data_plan(table: Table, task: Task) -> DataPlan:
-    hub = table.hugging_face
-    return DataPlan(
-        path=paths.table(table),
-        hugging_face=hub.id if hub else None,
-        revision=hub.revision if hub else None,
-        split=hub.split if hub else None,
-        format=DataFormat(table.format) if table.format else None,
-        text_column=table.text_column,
-        tokens_column=table.tokens_column,
-        label_column=table.label_column if task == "classification" else None,
-        partition=PartitionPlan(column=table.partition.column, values=tuple(table.partition.values))
-        if table.partition
-        else None,
-    )
-
-
-def _evaluation_plan(chosen: Sequence[Standing], task: Task) -> EvaluationPlan | None:
-    """The first releasable evaluation set that an owner named, and that the task can use."""
-    for standing in chosen:
-        table = standing.spec.evaluation
-        if table is not None and (task != "classification" or table.label_column is not None):
-            return EvaluationPlan(data=_data_plan(table, task))
-    return None
-
-
-def _privacy_plan(spec: DPMoEJobSpec, chosen: Sequence[Standing]) -> PrivacyPlan:
-    """Pin σ, q and the steps, from what the job states and the blocks' public sizes."""
-    units = sum(standing.spec.dataset.units for standing in chosen)
-    batch = spec.training.logical_batch
-    if batch > units:
+def _check_devices(spec: DPMoEJobSpec, gpu_resource: str) -> None:
+    """Refuse what NCCL cannot do."""
+    parallelism = spec.parallelism
+    if "/mig-" in gpu_resource and parallelism.gpus_per_worker and parallelism.world > 1:
         raise SpecError(
-            "spec.training.logicalBatch",
-            batch,
-            f"must be at most {units}, the privacy units of the blocks together",
+            "spec.parallelism",
+            f"workers {parallelism.workers}, gpusPerWorker {parallelism.gpus_per_worker}",
+            f"must be one GPU in all: the cluster's GPUs are slices ({gpu_resource}), which cannot"
+            " talk to each other",
         )
-    rate = batch / units
-    steps = spec.training.steps or -(-(spec.training.epochs or 1) * units // batch)
-    if steps > MAX_STEPS:
-        raise SpecError(
-            "spec.training.epochs",
-            spec.training.epochs,
-            f"makes {steps} steps, must make at most {MAX_STEPS}; ask for fewer epochs or a larger"
-            " logicalBatch",
-        )
-    epsilon, noise_multiplier = _calibrated(spec, rate, steps)
-    return PrivacyPlan(
-        epsilon=epsilon,
-        delta=float(spec.privacy.delta),
-        noise_multiplier=noise_multiplier,
-        sampling_rate=rate,
-        steps=steps,
-        clipping_norm=float(spec.privacy.clipping_norm),
-        expected_batch=float(batch),
-        orders=tuple(float(order) for order in chosen[0].orders),
-        clipping=clipping_plan(spec),
-    )
-
-
-def _calibrated(spec: DPMoEJobSpec, rate: float, steps: int) -> tuple[float, float]:
-    """(ε, σ) of the run: the one that is stated, and the other calibrated to it."""
-    privacy = spec.privacy
-    delta = float(privacy.delta)
-    if privacy.epsilon is not None and Decimal(privacy.epsilon) > MAX_EPSILON:
-        raise SpecError("spec.privacy.epsilon", privacy.epsilon, f"must be at most {MAX_EPSILON}")
-    if privacy.noise_multiplier is None:
-        assert privacy.epsilon is not None
-        noise = noise_multiplier_for(float(privacy.epsilon), delta, rate, steps)
-        return float(privacy.epsilon), noise
-    noise = float(privacy.noise_multiplier)
-    epsilon = epsilon_for(noise, delta, rate, steps)
-    if epsilon > MAX_EPSILON:
-        raise SpecError(
-            "spec.privacy.noiseMultiplier",
-            privacy.noise_multiplier,
-            f"costs epsilon {epsilon:.4g} at delta {privacy.delta}; must cost at most"
-            f" {MAX_EPSILON}",
-        )
-    if privacy.epsilon is not None and epsilon > float(privacy.epsilon) * (1 + TOLERANCE):
-        raise SpecError(
-            "spec.privacy.noiseMultiplier",
-            privacy.noise_multiplier,
-            f"contradicts epsilon {privacy.epsilon}: with sampling rate {rate:.4g} and {steps}"
-            f" steps it costs epsilon {epsilon:.4g}; state one of the two",
-        )
-    return epsilon, noise

@@ -1,9 +1,9 @@
 """What the pods of a Job prove: that nothing started, or which report counts all that did.
 
 Where a failed pod is replaced, no single pod knows all. The run's journal does: it lies beside the
-checkpoints, every pod that runs rank 0 writes its uid into it before it touches data, and each report
-says whom it lists. So a report counts everything if it lists every pod that may have run rank 0, its
-own last. What may have gone unseen is a doubt, and doubts end closed.
+checkpoints, every pod that runs rank 0 writes its uid into it before it touches data, and each
+report says whom it lists. So a report counts everything if it lists every pod that may have run
+rank 0, its own last. What may have gone unseen is a doubt, and doubts end closed.
 """
 
 from pydantic import ValidationError
@@ -88,7 +88,7 @@ def last_report(workload: WorkloadView) -> tuple[PodView, TrainingReport]:
     # Whoever refuses its plan or its volume has no journal, and needs none if nobody was before.
     attempts = report.attempts or ((last.uid,) if first_try else ())
     if not attempts or attempts[-1] != last.uid:
-        raise Unanswered("ReportMissing", "the report does not list its own pod as the last attempt")
+        raise Unanswered("ReportMissing", "the report does not list its own pod last")
     missing = [pod.uid for pod in started if pod.uid not in attempts]
     if missing:
         raise Unanswered(

@@ -22,6 +22,11 @@ class Settings:
         progress_labels: labels of the operator's own pods, which may poll the trainers' progress.
         anchored: every entry of the ledger is copied to an anchor before it takes effect.
         pods_run_as: numeric user and group of the trainer's process.
+        trainer_env: variables of the trainer's processes, such as NCCL's.
+        grace_seconds: how long the trainer may take from SIGTERM to its end.
+        start_timeout_seconds: how long a job's pods may wait for nodes, unless the job says; then
+            its budget returns. None for ever.
+        gangs: the server has Kubernetes' own gang scheduling (scheduling.k8s.io/v1alpha2).
     """
 
     namespace: str
@@ -35,3 +40,7 @@ class Settings:
     progress_labels: tuple[tuple[str, str], ...] = (("app.kubernetes.io/name", "dpmoe"),)
     anchored: bool = False
     pods_run_as: int = 65532
+    trainer_env: tuple[tuple[str, str], ...] = ()
+    grace_seconds: int = 60
+    start_timeout_seconds: int | None = None
+    gangs: bool = False

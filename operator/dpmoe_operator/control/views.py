@@ -252,6 +252,7 @@ class Snapshot:
         jobs: by uid.
         workloads: Kubernetes Jobs by the uid of the DPMoEJob that they run.
         prepared: uids of DPMoEJobs whose launched objects are all known to exist.
+        marked: uids of DPMoEJobs whose later pods are known to see that there was an earlier one.
         launch_errors: what kept a granted job's objects from being created, by its uid.
         progress: what rank 0 last reported, by the DPMoEJob's uid.
         unserved: data namespaces that the operator may not look into, and what it was told. What
@@ -266,6 +267,7 @@ class Snapshot:
     ledger: LedgerState
     now: datetime
     prepared: frozenset[str] = frozenset()
+    marked: frozenset[str] = frozenset()
     launch_errors: Mapping[str, str] = field(default_factory=dict)
     progress: Mapping[str, Progress] = field(default_factory=dict)
     unserved: Mapping[str, str] = field(default_factory=dict)

@@ -10,14 +10,16 @@ from typing import Any
 from dpmoe_operator.control.actions import (
     Action,
     DeleteJob,
+    MarkStarted,
+    Pause,
     Prepare,
     Release,
     Remove,
     SetStatus,
     Stop,
 )
+from dpmoe_operator.control.steering import pause_patch, release_patch, stop_patch
 from dpmoe_operator.control.times import format_time
-from dpmoe_operator.control.views import CANCELLED, RELEASED
 from dpmoe_operator.kube.client import KubeClient
 from dpmoe_operator.kube.errors import AlreadyExists, ApiError, Conflict, NotFound, Unreachable
 from dpmoe_operator.kube.picture import Picture
@@ -27,16 +29,20 @@ from dpmoe_operator.kube.resources import (
     EVENTS,
     JOBS,
     NETWORK_POLICIES,
+    POD_GROUPS,
     PRIVATE_BLOCKS,
     SERVICES,
     Resource,
 )
+from dpmoe_operator.launch.launching import Launch
 from dpmoe_operator.launch.manifests import (
-    Launch,
     build_config_map,
     build_job,
     build_network_policy,
+    build_pod_group,
     build_service,
+    build_start_mark,
+    needs_gang,
 )
 
 logger = logging.getLogger(__name__)
@@ -100,6 +106,10 @@ class Applier:
                 await self._prepare(action.launch)
             elif isinstance(action, Release):
                 await self._release(action)
+            elif isinstance(action, Pause):
+                await self._pause(action)
+            elif isinstance(action, MarkStarted):
+                await self._mark_started(action)
             elif isinstance(action, Stop):
                 await self._stop(action)
             elif isinstance(action, Remove):
@@ -128,16 +138,13 @@ class Applier:
         uid = launch.job.uid
         try:
             job = await self._ensure(JOBS, build_job(launch))
-            owner = {
-                "apiVersion": "batch/v1",
-                "kind": "Job",
-                "name": job["metadata"]["name"],
-                "uid": job["metadata"]["uid"],
-            }
+            owner = _owner(job["metadata"]["name"], job["metadata"]["uid"])
+            gang = [(POD_GROUPS, build_pod_group(launch))] if needs_gang(launch) else []
             for resource, manifest in (
                 (CONFIG_MAPS, build_config_map(launch)),
                 (SERVICES, build_service(launch)),
                 (NETWORK_POLICIES, build_network_policy(launch)),
+                *gang,
             ):
                 manifest["metadata"]["ownerReferences"] = [owner]
                 there = await self._ensure(resource, manifest)
@@ -163,23 +170,24 @@ class Applier:
             return await self._client.get(resource, meta["namespace"], meta["name"])
 
     async def _release(self, action: Release) -> None:
-        patch = {
-            "metadata": {
-                "resourceVersion": action.resource_version,
-                "annotations": {RELEASED: format_time(datetime.now(UTC))},
-            },
-            "spec": {"suspend": False},
-        }
+        await self._patch_job(action, release_patch(action, format_time(datetime.now(UTC))))
+
+    async def _pause(self, action: Pause) -> None:
+        await self._patch_job(action, pause_patch(action, format_time(datetime.now(UTC))))
+
+    async def _stop(self, action: Stop) -> None:
+        await self._patch_job(action, stop_patch(format_time(datetime.now(UTC))))
+
+    async def _patch_job(self, action: Release | Pause | Stop, patch: dict[str, Any]) -> None:
         job = await self._client.patch(JOBS, action.namespace, action.name, patch)
         self._picture.on_workload("MODIFIED", job)
 
-    async def _stop(self, action: Stop) -> None:
-        patch = {
-            "metadata": {"annotations": {CANCELLED: format_time(datetime.now(UTC))}},
-            "spec": {"suspend": True},
-        }
-        job = await self._client.patch(JOBS, action.namespace, action.name, patch)
-        self._picture.on_workload("MODIFIED", job)
+    async def _mark_started(self, action: MarkStarted) -> None:
+        mark = build_start_mark(action.job, action.namespace)
+        name, uid = action.owner
+        mark["metadata"]["ownerReferences"] = [_owner(name, uid)]
+        _check_owner(await self._ensure(CONFIG_MAPS, mark), uid)
+        self._picture.marked.add(action.job.uid)
 
     async def _set_status(self, action: SetStatus) -> None:
         resource = _CUSTOM[action.plural]
@@ -231,6 +239,10 @@ class Applier:
             await self._client.create(EVENTS, action.namespace, event)
         except ApiError as error:
             logger.info("event %s of %s was not stored: %s", reason, action.name, error)
+
+
+def _owner(name: str, uid: str) -> dict[str, str]:
+    return {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid}
 
 
 def _check_owner(manifest: dict[str, Any], uid: str) -> None:

@@ -24,7 +24,7 @@ from dpmoe_operator.kube.lease import Leadership
 from dpmoe_operator.kube.picture import Picture
 from dpmoe_operator.kube.resources import PODS
 from dpmoe_operator.kube.workloads import WorkloadWatch
-from dpmoe_operator.launch.manifests import JOB_UID
+from dpmoe_operator.launch.launching import JOB_UID
 from dpmoe_operator.ledger.account import Grant
 from dpmoe_operator.ledger.entry import Unverified, in_entries
 from dpmoe_operator.ledger.log import Ledger, NoAnswer, StaleView, format_time

@@ -14,7 +14,7 @@ from typing import Any
 from dpmoe_operator.control.decide import data_namespace
 from dpmoe_operator.control.pods import PodView
 from dpmoe_operator.control.views import BlockView, JobView, Snapshot, WorkloadView
-from dpmoe_operator.launch.manifests import JOB_NAME, JOB_NAMESPACE, JOB_UID, workload_name
+from dpmoe_operator.launch.launching import JOB_NAME, JOB_NAMESPACE, JOB_UID, workload_name
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_trainer.contract import JobReference, Progress
 
@@ -46,6 +46,7 @@ class Picture:
     def __init__(self) -> None:
         self.changed = asyncio.Event()
         self.prepared: set[str] = set()
+        self.marked: set[str] = set()
         self.launch_errors: dict[str, str] = {}
         self.progress: dict[str, Progress] = {}
         self._blocks: dict[str, BlockView] = {}
@@ -188,6 +189,7 @@ class Picture:
         for uid in job_uids:
             self._pods.pop(uid, None)
             self._confirmed.discard(uid)
+            self.marked.discard(uid)
             self.progress.pop(uid, None)
             self.launch_errors.pop(uid, None)
 
@@ -202,6 +204,7 @@ class Picture:
             ledger=ledger,
             now=now,
             prepared=frozenset(self.prepared),
+            marked=frozenset(self.marked),
             launch_errors=dict(self.launch_errors),
             progress=dict(self.progress),
             unserved=unserved or {},

@@ -14,7 +14,7 @@ from dpmoe_operator.kube.errors import Forbidden
 from dpmoe_operator.kube.picture import Picture
 from dpmoe_operator.kube.resources import JOBS, PODS
 from dpmoe_operator.kube.watch import Informer
-from dpmoe_operator.launch.manifests import SELECTOR
+from dpmoe_operator.launch.launching import SELECTOR
 
 logger = logging.getLogger(__name__)
 

@@ -5,66 +5,24 @@ command, as a non-root user with no capability, no API token, a read-only root a
 claims that the blocks' owner opened; it reaches the job's own pods, DNS and the configured storage.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from dpmoe_operator.api.dpmoejob import DPMoEJobSpec
 from dpmoe_operator.api.placement import NodeRequirement
-from dpmoe_operator.api.privateblock import Table
 from dpmoe_operator.launch import paths
-from dpmoe_trainer.contract import PROGRESS_PORT, Environment, JobReference
-
-Json = dict[str, Any]
-
-MANAGED_BY = "app.kubernetes.io/managed-by"
-MANAGER = "dpmoe"
-JOB_NAMESPACE = "dpmoe.dev/job-namespace"
-JOB_NAME = "dpmoe.dev/job-name"
-JOB_UID = "dpmoe.dev/job-uid"
-SELECTOR = f"{MANAGED_BY}={MANAGER}"
-"""Label selector of everything that the operator launched."""
+from dpmoe_operator.launch.launching import (
+    JOB_UID,
+    Json,
+    Launch,
+    labels,
+    metadata_of,
+    workload_name,
+)
+from dpmoe_operator.launch.volumes import mounts, volumes
+from dpmoe_trainer.contract import FINAL_CODES, PROGRESS_PORT, Environment, JobReference
 
 RENDEZVOUS_PORT = 29500
 CONTAINER = "trainer"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the builders need to know.
-
-    Attributes:
-        job: the DPMoEJob.
-        spec: its spec.
-        namespace: the data namespace, where the pods run.
-        plan_json: the TrainingPlan, canonical.
-        image: the trainer image.
-        tables: private and evaluation tables, for their volumes.
-        gpu_resource: extended resource name of a GPU.
-        storage_cidrs: address ranges that the pods may reach.
-        operator_labels: labels of the operator's pods, which poll progress.
-        operator_namespace: their namespace.
-        user: numeric user and group of the process.
-    """
-
-    job: JobReference
-    spec: DPMoEJobSpec
-    namespace: str
-    plan_json: str
-    image: str
-    tables: Sequence[Table]
-    gpu_resource: str
-    storage_cidrs: Sequence[str]
-    operator_labels: Mapping[str, str]
-    operator_namespace: str
-    user: int
-
-
-def workload_name(job: JobReference) -> str:
-    """Name of a job's objects: readable, unique by uid, short enough for pod host names."""
-    suffix = hashlib.sha256(job.uid.encode()).hexdigest()[:10]
-    return f"dpj-{job.name[:40].rstrip('-.').replace('.', '-')}-{suffix}"
 
 
 def build_all(launch: Launch) -> list[Json]:
@@ -73,18 +31,9 @@ def build_all(launch: Launch) -> list[Json]:
         build_config_map(launch),
         build_service(launch),
         build_network_policy(launch),
+        *([build_pod_group(launch)] if needs_gang(launch) else []),
         build_job(launch),
     ]
-
-
-def labels(job: JobReference) -> dict[str, str]:
-    """Labels that name the job: owner references cannot cross namespaces."""
-    return {
-        MANAGED_BY: MANAGER,
-        JOB_NAMESPACE: job.namespace,
-        JOB_NAME: job.name[:63].rstrip("-."),
-        JOB_UID: job.uid,
-    }
 
 
 def build_config_map(launch: Launch) -> Json:
@@ -92,7 +41,7 @@ def build_config_map(launch: Launch) -> Json:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": _metadata(launch),
+        "metadata": metadata_of(launch),
         "immutable": True,
         "data": {paths.PLAN_FILE: launch.plan_json},
     }
@@ -103,7 +52,7 @@ def build_service(launch: Launch) -> Json:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(launch),
+        "metadata": metadata_of(launch),
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
@@ -135,7 +84,7 @@ def build_network_policy(launch: Launch) -> Json:
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": _metadata(launch),
+        "metadata": metadata_of(launch),
         "spec": {
             "podSelector": {"matchLabels": {JOB_UID: launch.job.uid}},
             "policyTypes": ["Ingress", "Egress"],
@@ -148,24 +97,57 @@ def build_network_policy(launch: Launch) -> Json:
     }
 
 
-def build_job(launch: Launch) -> Json:
-    """The Indexed Job, suspended: it is released once the ledger says that it is launched.
+def build_start_mark(job: JobReference, namespace: str) -> Json:
+    """The ConfigMap by which later pods of a run know that there was an earlier one."""
+    name = _start_mark(workload_name(job))
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name, "namespace": namespace, "labels": labels(job)},
+        "immutable": True,
+        "data": {"started": "true"},
+    }
 
-    A failed pod is not replaced: a second attempt would draw a second noise, which the plan did not
-    price.
+
+def _start_mark(workload: str) -> str:
+    return f"{workload}-started"
+
+
+def needs_gang(launch: Launch) -> bool:
+    """Whether the pods are placed all together or not at all."""
+    return launch.gang and launch.spec.parallelism.workers > 1
+
+
+def build_pod_group(launch: Launch) -> Json:
+    """The gang of the pods (Kubernetes' own, scheduling.k8s.io/v1alpha2).
+
+    Pods that name a group themselves get none from the Job controller, whatever its features are.
     """
+    workers = launch.spec.parallelism.workers
+    return {
+        "apiVersion": "scheduling.k8s.io/v1alpha2",
+        "kind": "PodGroup",
+        "metadata": metadata_of(launch),
+        "spec": {"schedulingPolicy": {"gang": {"minCount": workers}}},
+    }
+
+
+def build_job(launch: Launch) -> Json:
+    """The Indexed Job, suspended: it is released once the ledger says that it is launched."""
     workers = launch.spec.parallelism.workers
     deadline = launch.spec.active_deadline_seconds
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(launch),
+        "metadata": metadata_of(launch),
         "spec": {
             "suspend": True,
             "completionMode": "Indexed",
             "completions": workers,
             "parallelism": workers,
-            "backoffLimit": 0,
+            **_failure_handling(launch),
+            # Rank 0 ends last of all that matters; who crashes on the way out changes nothing.
+            **({"successPolicy": {"rules": [{"succeededIndexes": "0"}]}} if workers > 1 else {}),
             **({"activeDeadlineSeconds": deadline} if deadline is not None else {}),
             "template": {
                 "metadata": {"labels": labels(launch.job)},
@@ -175,11 +157,27 @@ def build_job(launch: Launch) -> Json:
     }
 
 
-def _metadata(launch: Launch) -> Json:
+def _failure_handling(launch: Launch) -> Json:
+    """Which failed pods are replaced.
+
+    With checkpoints and a journal, as many of each index as the job asks for, once the failed one
+    has ended; those that were disrupted do not count. Without, none: a second attempt would draw a
+    second noise, which the plan did not price.
+    """
+    if launch.checkpoints is None:
+        return {"backoffLimit": 0}
+    codes = {"containerName": CONTAINER, "operator": "In", "values": [int(c) for c in FINAL_CODES]}
+    disrupted = {"type": "DisruptionTarget", "status": "True"}
     return {
-        "name": workload_name(launch.job),
-        "namespace": launch.namespace,
-        "labels": labels(launch.job),
+        "backoffLimitPerIndex": launch.retries,
+        "maxFailedIndexes": 0,
+        "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": codes},
+                {"action": "Ignore", "onPodConditions": [disrupted]},
+            ]
+        },
     }
 
 
@@ -190,7 +188,7 @@ def _pod(launch: Launch) -> Json:
         "subdomain": workload_name(launch.job),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": 60,
+        "terminationGracePeriodSeconds": launch.grace_seconds,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": launch.user,
@@ -200,8 +198,10 @@ def _pod(launch: Launch) -> Json:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [_container(launch)],
-        "volumes": _volumes(launch),
+        "volumes": volumes(launch),
     }
+    if needs_gang(launch):
+        pod["schedulingGroup"] = {"podGroupName": workload_name(launch.job)}
     if placement.node_selector:
         pod["nodeSelector"] = dict(placement.node_selector)
     if placement.tolerations:
@@ -246,7 +246,7 @@ def _container(launch: Launch) -> Json:
         },
         "terminationMessagePath": paths.TERMINATION_LOG,
         "terminationMessagePolicy": "File",
-        "volumeMounts": _mounts(launch),
+        "volumeMounts": mounts(launch),
     }
 
 
@@ -264,86 +264,43 @@ def _resources(launch: Launch) -> dict[str, str]:
 
 
 def _environment(launch: Launch) -> list[Json]:
-    """The trainer's own variables and torchrun's (PET_*), with a static world size."""
+    """The platform team's variables, the trainer's, and torchrun's (PET_*) for a static world."""
     name = workload_name(launch.job)
-    processes = max(1, launch.spec.parallelism.gpus_per_worker)
-    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    parallelism = launch.spec.parallelism
     fixed = {
+        **dict(launch.env),
         Environment.PLAN: f"{paths.PLAN_FOLDER}/{paths.PLAN_FILE}",
         Environment.TERMINATION_LOG: paths.TERMINATION_LOG,
         Environment.PROGRESS_PORT: str(PROGRESS_PORT),
-        "PET_NNODES": str(launch.spec.parallelism.workers),
-        "PET_NPROC_PER_NODE": str(processes),
+        "PET_NNODES": str(parallelism.workers),
+        "PET_NPROC_PER_NODE": str(parallelism.processes),
         "PET_MASTER_ADDR": f"{name}-0.{name}",
         "PET_MASTER_PORT": str(RENDEZVOUS_PORT),
         "HOME": "/tmp",
     }
+    fields = {
+        "PET_NODE_RANK": _annotation("job-completion-index"),
+        Environment.POD_UID: "metadata.uid",
+    }
+    if launch.checkpoints is not None:
+        fields |= {
+            Environment.FAILURES: _annotation("job-index-failure-count"),
+            Environment.DISRUPTIONS: _annotation("job-index-ignored-failure-count"),
+        }
     return [
         *({"name": str(key), "value": value} for key, value in fixed.items()),
-        {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": index}}},
+        *(
+            {"name": str(key), "valueFrom": {"fieldRef": {"fieldPath": path}}}
+            for key, path in fields.items()
+        ),
+        *([_resumed(name)] if launch.checkpoints is not None else []),
     ]
 
 
-def _read_only_claims(launch: Launch) -> list[str]:
-    claims = {table.claim.claim_name for table in launch.tables if table.claim is not None}
-    if launch.spec.model.claim is not None:
-        claims.add(launch.spec.model.claim.claim_name)
-    return sorted(claims)
+def _annotation(key: str) -> str:
+    return f"metadata.annotations['batch.kubernetes.io/{key}']"
 
 
-def _host_paths(launch: Launch) -> list[str]:
-    return sorted({table.path for table in launch.tables if table.path is not None})
-
-
-def _volumes(launch: Launch) -> list[Json]:
-    output = launch.spec.output.claim
-    return [
-        {"name": "plan", "configMap": {"name": workload_name(launch.job)}},
-        {"name": "scratch", "emptyDir": {}},
-        {
-            "name": "shared-memory",
-            "emptyDir": {"medium": "Memory", "sizeLimit": launch.spec.resources.shared_memory},
-        },
-        *(
-            {
-                "name": f"claim-{i}",
-                "persistentVolumeClaim": {"claimName": claim, "readOnly": True},
-            }
-            for i, claim in enumerate(_read_only_claims(launch))
-        ),
-        *(
-            {"name": f"host-{i}", "hostPath": {"path": path}}
-            for i, path in enumerate(_host_paths(launch))
-        ),
-        *(
-            [{"name": "output", "persistentVolumeClaim": {"claimName": output.claim_name}}]
-            if output is not None
-            else []
-        ),
-    ]
-
-
-def _mounts(launch: Launch) -> list[Json]:
-    output = launch.spec.output.claim
-    return [
-        {"name": "plan", "mountPath": paths.PLAN_FOLDER, "readOnly": True},
-        {"name": "scratch", "mountPath": "/tmp"},
-        {"name": "shared-memory", "mountPath": "/dev/shm"},
-        *(
-            {
-                "name": f"claim-{i}",
-                "mountPath": f"{paths.READ_ONLY_CLAIMS}/{claim}",
-                "readOnly": True,
-            }
-            for i, claim in enumerate(_read_only_claims(launch))
-        ),
-        *(
-            {"name": f"host-{i}", "mountPath": path, "readOnly": True}
-            for i, path in enumerate(_host_paths(launch))
-        ),
-        *(
-            [{"name": "output", "mountPath": f"{paths.OUTPUT_CLAIMS}/{output.claim_name}"}]
-            if output is not None
-            else []
-        ),
-    ]
+def _resumed(workload: str) -> Json:
+    reference = {"name": _start_mark(workload), "key": "started", "optional": True}
+    return {"name": str(Environment.RESUMED), "valueFrom": {"configMapKeyRef": reference}}

@@ -12,6 +12,7 @@ from dpmoe_operator.api.privateblock import Table
 ROOT = "/dpmoe"
 READ_ONLY_CLAIMS = f"{ROOT}/claims"
 OUTPUT_CLAIMS = f"{ROOT}/outputs"
+CHECKPOINT_CLAIMS = f"{ROOT}/checkpoints"
 PLAN_FOLDER = f"{ROOT}/plan"
 PLAN_FILE = "plan.json"
 TERMINATION_LOG = "/dev/termination-log"
@@ -34,3 +35,8 @@ def model(model: Model) -> str | None:
 def output(job_namespace: str, claim: OutputClaim) -> str:
     """The folder that the trained model is written to."""
     return posixpath.join(OUTPUT_CLAIMS, claim.claim_name, job_namespace, claim.path)
+
+
+def checkpoints(job_namespace: str, job_uid: str, claim_name: str) -> str:
+    """The folder of a run's checkpoints and journal: a new job by the same name finds none."""
+    return posixpath.join(CHECKPOINT_CLAIMS, claim_name, job_namespace, job_uid)

@@ -55,7 +55,7 @@ class Jobs:
         )
         return answer.body
 
-    def end(self, pod, code=0):
+    def end(self, pod, code=0, **status_fields):
         """What a kubelet reports when the container has ended."""
         terminated = {"exitCode": code, "reason": "Error" if code else "Completed"}
         status = {
@@ -66,7 +66,8 @@ class Jobs:
             "imageID": "",
             "state": {"terminated": terminated},
         }
-        patch = {"phase": "Failed" if code else "Succeeded", "containerStatuses": [status]}
+        phase = "Failed" if code else "Succeeded"
+        patch = {"phase": phase, "containerStatuses": [status], **status_fields}
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod['metadata']['name']}/status"
         self.http.merge(path, {"status": patch})
 

@@ -232,8 +232,7 @@ TEMPLATE = {"spec": {"restartPolicy": "Never", "containers": [{"name": "main", "
 @pytest.mark.parametrize(
     ("spec", "field"),
     [
-        ({"backoffLimitPerIndex": 1}, "spec.backoffLimitPerIndex"),
-        ({"successPolicy": {"rules": []} | {"x": 1}}, "spec.successPolicy"),
+        ({"manualSelector": True}, "spec.manualSelector"),
         ({"managedBy": "test.dev/other"}, "spec.managedBy"),
         (
             {"podFailurePolicy": {"rules": [{"action": "FailIndex"}]}},
@@ -342,7 +341,7 @@ def test_a_deadline_is_awaited_and_then_kept():
     assert plan_job(wanted, pods, NOW + timedelta(seconds=4)).check_after == 6
     plan = plan_job(wanted, pods, NOW + timedelta(seconds=10))
     assert plan.status["conditions"][0]["reason"] == "DeadlineExceeded"
-    assert plan.delete == pods
+    assert plan.stop == pods
 
 
 async def test_an_expired_failure_is_retried_after_a_short_while(session):

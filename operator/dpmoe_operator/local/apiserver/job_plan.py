@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from .job_indexes import Indexes
 from .job_pods import (
     TRACKING_FINALIZER,
+    Failures,
     format_indexes,
     format_time,
     index_of,
     parse_indexes,
     parse_time,
 )
+from .job_policies import failure_action, matched_rule
 from .resources import Object
 
 
@@ -29,6 +32,8 @@ class JobPlan:
         create: completion indexes of the pods to create; None for a pod without an index.
         delete: pods to delete; they lose their finalizer first and do not count.
         release: pods that were counted and lose their finalizer.
+        stop: pods to delete; they count as failed once they have ended.
+        told: by index, what a new pod knows of failures, where they are counted by index.
         failures: pods counted as failed, or ignored, by this plan.
         check_after: seconds until time alone changes something.
     """
@@ -37,6 +42,8 @@ class JobPlan:
     create: list[int | None] = field(default_factory=list)
     delete: list[Object] = field(default_factory=list)
     release: list[Object] = field(default_factory=list)
+    stop: list[Object] = field(default_factory=list)
+    told: dict[int, Failures] = field(default_factory=dict)
     failures: int = 0
     check_after: float | None = None
 
@@ -49,10 +56,15 @@ class _Tally:
     counted: list[Object] = field(default_factory=list)
     failures: int = 0
     fail_job: str = ""
+    by_index: Indexes | None = None
 
 
 def plan_job(
-    job: Object, pods: Sequence[Object], now: datetime, backoff_seconds: float = 0.0
+    job: Object,
+    pods: Sequence[Object],
+    now: datetime,
+    backoff_seconds: float = 0.0,
+    index_backoff: tuple[float, float] = (1.0, 60.0),
 ) -> JobPlan:
     """Plans the next step of a Job that is neither finished nor being deleted.
 
@@ -61,14 +73,16 @@ def plan_job(
         pods: all pods it controls.
         now: the present.
         backoff_seconds: for how long no pod may be created, because pods failed.
+        index_backoff: first and longest wait, where failures are counted by index.
     """
-    tally = _count(job, pods)
     active = [each for each in pods if is_active(each)]
+    tally = _count(job, pods, active)
     terminating = [each for each in pods if _is_terminating(each)]
     plan = JobPlan(
         _counts(job, tally, active, terminating), release=tally.counted, failures=tally.failures
     )
     if job["spec"]["suspend"]:
+        _count_waiting(plan, tally)
         _suspend(plan, active, now)
         return plan
     _start(plan, now)
@@ -76,9 +90,14 @@ def plan_job(
     if has_condition(plan.status, "FailureTarget") or has_condition(
         plan.status, "SuccessCriteriaMet"
     ):
+        _count_waiting(plan, tally)
         _finish(plan, active, terminating, now)
         return plan
+    if tally.by_index is not None:
+        backoff_seconds = 0.0
     _scale(job, plan, tally, active, terminating, backoff_seconds)
+    if tally.by_index is not None:
+        _hold_back(plan, tally.by_index, len(active), now, index_backoff)
     return plan
 
 
@@ -109,13 +128,14 @@ def has_condition(status: Object, kind: str) -> bool:
 # Counting
 
 
-def _count(job: Object, pods: Sequence[Object]) -> _Tally:
+def _count(job: Object, pods: Sequence[Object], active: Sequence[Object]) -> _Tally:
     """Counts the pods that ended since the last time."""
     status = job["status"]
     tally = _Tally(
         status.get("succeeded", 0),
         status.get("failed", 0),
         parse_indexes(status.get("completedIndexes", "")),
+        by_index=Indexes.of(job),
     )
     for pod in pods:
         if TRACKING_FINALIZER not in pod["metadata"].get("finalizers", ()):
@@ -123,7 +143,7 @@ def _count(job: Object, pods: Sequence[Object]) -> _Tally:
         if pod["status"].get("phase") == "Succeeded":
             _count_success(job, pod, tally)
         elif _is_failed(job, pod):
-            _count_failure(job, pod, tally)
+            _count_failure(job, pod, tally, active)
     return tally
 
 
@@ -136,12 +156,14 @@ def _count_success(job: Object, pod: Object, tally: _Tally) -> None:
         tally.succeeded = len(tally.indexes)
 
 
-def _count_failure(job: Object, pod: Object, tally: _Tally) -> None:
-    tally.counted.append(pod)
-    tally.failures += 1
+def _count_failure(job: Object, pod: Object, tally: _Tally, active: Sequence[Object]) -> None:
     action, message = "Count", ""
     if pod["status"].get("phase") == "Failed":
-        action, message = _failure_action(job, pod)
+        action, message = failure_action(job, pod)
+    if tally.by_index is not None and not tally.by_index.take(pod, action, active):
+        return
+    tally.counted.append(pod)
+    tally.failures += 1
     if action != "Ignore":
         tally.failed += 1
     if action == "FailJob":
@@ -158,46 +180,6 @@ def _is_failed(job: Object, pod: Object) -> bool:
     return not replaces_failed_only or not pod["spec"].get("nodeName")
 
 
-def _failure_action(job: Object, pod: Object) -> tuple[str, str]:
-    """The action of the first rule of the podFailurePolicy that matches, and why."""
-    policy = job["spec"].get("podFailurePolicy") or {"rules": []}
-    place = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
-    for i, rule in enumerate(policy["rules"]):
-        tail = f"matching {rule['action']} rule at index {i}"
-        if "onExitCodes" in rule:
-            match = _matching_exit(rule["onExitCodes"], pod)
-            if match:
-                container, code = match
-                why = f"Container {container} for pod {place} failed with exit code {code} {tail}"
-                return rule["action"], why
-        else:
-            condition = _matching_condition(rule.get("onPodConditions", ()), pod)
-            if condition:
-                return rule["action"], f"Pod {place} has condition {condition} {tail}"
-    return "Count", ""
-
-
-def _matching_exit(requirement: Object, pod: Object) -> tuple[str, int] | None:
-    status = pod["status"]
-    containers = [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
-    for container in containers:
-        code = container.get("state", {}).get("terminated", {}).get("exitCode", 0)
-        named = requirement.get("containerName") in (None, container["name"])
-        listed = code in requirement["values"]
-        if named and code != 0 and listed == (requirement["operator"] == "In"):
-            return container["name"], code
-    return None
-
-
-def _matching_condition(patterns: Sequence[Object], pod: Object) -> str:
-    for pattern in patterns:
-        for condition in pod["status"].get("conditions", ()):
-            same_status = condition["status"] == pattern.get("status", "True")
-            if condition["type"] == pattern["type"] and same_status:
-                return str(pattern["type"])
-    return ""
-
-
 def _counts(
     job: Object, tally: _Tally, active: Sequence[Object], terminating: Sequence[Object]
 ) -> Object:
@@ -209,7 +191,20 @@ def _counts(
     _set_count(status, "failed", tally.failed)
     if tally.indexes:
         status["completedIndexes"] = format_indexes(tally.indexes)
+    if tally.by_index is not None:
+        status["failedIndexes"] = tally.by_index.text()
     return status
+
+
+def _count_waiting(plan: JobPlan, tally: _Tally) -> None:
+    """Counts failed pods that will not be replaced any more."""
+    if tally.by_index is None:
+        return
+    for pod, failures in tally.by_index.waiting.values():
+        plan.release.append(pod)
+        tally.failed += failures.counted > Failures.before(pod).counted
+    tally.by_index.waiting.clear()
+    _set_count(plan.status, "failed", tally.failed)
 
 
 def _set_count(status: Object, name: str, count: int) -> None:
@@ -244,8 +239,16 @@ def _decide_end(
         return
     left = _seconds_to_deadline(spec, status, now)
     plan.check_after = left
+    by_index = tally.by_index.why_failed(spec, tally.succeeded) if tally.by_index else None
+    rule = matched_rule(spec.get("successPolicy"), tally.indexes)
     if tally.fail_job:
         reason, message = "PodFailurePolicy", tally.fail_job
+    elif rule is not None:
+        message = f"Matched rules at index {rule}"
+        _set_condition(status, "SuccessCriteriaMet", "True", "SuccessPolicy", message, now)
+        return
+    elif by_index is not None:
+        reason, message = by_index
     elif tally.failed > spec["backoffLimit"]:
         reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
     elif left is not None and left <= 0:
@@ -278,7 +281,11 @@ def _finish(
     plan: JobPlan, active: Sequence[Object], terminating: Sequence[Object], now: datetime
 ) -> None:
     """Deletes what still runs; the Job is over once nothing does."""
-    plan.delete, plan.check_after = list(active), None
+    plan.check_after = None
+    if has_condition(plan.status, "FailureTarget"):
+        plan.stop = list(active)
+    else:
+        plan.delete = list(active)
     _set_count(plan.status, "active", 0)
     if active or terminating:
         return
@@ -310,11 +317,12 @@ def _scale(
         _set_count(plan.status, "active", wanted)
         return
     missing = max(wanted - len(occupied), 0)
+    lost = tally.by_index.failed if tally.by_index is not None else set()
     if missing and backoff_seconds > 0:
         plan.check_after = min(plan.check_after or backoff_seconds, backoff_seconds)
         return
     if spec["completionMode"] == "Indexed":
-        taken = tally.indexes | {index_of(pod) for pod in occupied}
+        taken = tally.indexes | lost | {index_of(pod) for pod in occupied}
         free = [index for index in range(spec["completions"]) if index not in taken]
         plan.create = list(free[:missing])
     else:
@@ -322,12 +330,30 @@ def _scale(
     _set_count(plan.status, "active", len(active) + len(plan.create))
 
 
+def _hold_back(
+    plan: JobPlan, indexes: Indexes, active: int, now: datetime, backoff: tuple[float, float]
+) -> None:
+    """Creates no pod before its index's wait is over, and tells the others what failed before."""
+    waits = {
+        index: indexes.seconds_until(index, now, *backoff)
+        for index in plan.create
+        if index is not None
+    }
+    plan.create = [index for index, seconds in waits.items() if seconds <= 0]
+    plan.told = {index: indexes.failures_of(index) for index in waits if waits[index] <= 0}
+    later = [seconds for seconds in waits.values() if seconds > 0]
+    if later:
+        plan.check_after = min([*later, *([plan.check_after] if plan.check_after else [])])
+    _set_count(plan.status, "active", active + len(plan.create))
+
+
 def _wanted(spec: Object, tally: _Tally, active: Sequence[Object]) -> int:
     parallelism: int = spec["parallelism"]
     if spec.get("completions") is None:
         return min(parallelism, len(active)) if tally.succeeded else parallelism
     completions: int = spec["completions"]
-    return min(parallelism, completions - tally.succeeded)
+    failed = len(tally.by_index.failed) if tally.by_index is not None else 0
+    return min(parallelism, completions - tally.succeeded - failed)
 
 
 def _removal_order(pod: Object) -> tuple[int, str]:

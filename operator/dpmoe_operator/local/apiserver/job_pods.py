@@ -1,5 +1,6 @@
 """The pods of a Job: how they are built, and how indexes and times are written. Pure."""
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -7,13 +8,33 @@ from .resources import Object
 
 TRACKING_FINALIZER = "batch.kubernetes.io/job-tracking"
 INDEX_KEY = "batch.kubernetes.io/job-completion-index"
+FAILURES_KEY = "batch.kubernetes.io/job-index-failure-count"
+IGNORED_KEY = "batch.kubernetes.io/job-index-ignored-failure-count"
 INDEX_FIELD_PATH = f"metadata.labels['{INDEX_KEY}']"
 # Names that the server generates have at most 63 characters, five of them random.
 _LONGEST_PREFIX = 58
 
 
-def build_pod(job: Object, index: int | None) -> Object:
-    """A pod of a Job, from its template."""
+@dataclass(frozen=True)
+class Failures:
+    """How often the pod of an index failed, since the Job last started."""
+
+    counted: int = 0
+    ignored: int = 0
+
+    @classmethod
+    def before(cls, pod: Object) -> "Failures":
+        """Those that its own pod knows of."""
+        notes = pod["metadata"].get("annotations", {})
+        return cls(int(notes.get(FAILURES_KEY, 0)), int(notes.get(IGNORED_KEY, 0)))
+
+    def and_one(self, *, ignored: bool) -> "Failures":
+        """With one more."""
+        return Failures(self.counted + (not ignored), self.ignored + ignored)
+
+
+def build_pod(job: Object, index: int | None, failures: Failures | None = None) -> Object:
+    """A pod of a Job, from its template; `failures` of its index where those are counted."""
     template, name = job["spec"]["template"], job["metadata"]["name"]
     metadata = template["metadata"]
     owner = {
@@ -34,12 +55,15 @@ def build_pod(job: Object, index: int | None) -> Object:
         },
         "spec": template["spec"],
     }
-    return pod if index is None else _indexed(pod, name, index)
+    return pod if index is None else _indexed(pod, name, index, failures)
 
 
-def _indexed(pod: Object, job_name: str, index: int) -> Object:
+def _indexed(pod: Object, job_name: str, index: int, failures: Failures | None) -> Object:
     metadata, spec = pod["metadata"], pod["spec"]
     mark = {INDEX_KEY: str(index)}
+    notes = mark | ({FAILURES_KEY: str(failures.counted)} if failures is not None else {})
+    if failures is not None and failures.ignored:
+        notes[IGNORED_KEY] = str(failures.ignored)
     variable = {
         "name": "JOB_COMPLETION_INDEX",
         "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": INDEX_FIELD_PATH}},
@@ -58,7 +82,7 @@ def _indexed(pod: Object, job_name: str, index: int) -> Object:
     metadata = {
         **metadata,
         "labels": metadata.get("labels", {}) | mark,
-        "annotations": metadata.get("annotations", {}) | mark,
+        "annotations": metadata.get("annotations", {}) | notes,
     }
     return {"metadata": metadata, "spec": spec}
 

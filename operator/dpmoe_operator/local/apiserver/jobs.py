@@ -18,6 +18,7 @@ from .workqueue import WorkQueue
 
 FIRST_BACKOFF_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 60.0
+BACKOFF = FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS
 
 
 class JobController:
@@ -68,17 +69,18 @@ class JobController:
         uid, namespace = job["metadata"]["uid"], job["metadata"]["namespace"]
         now = datetime.now(UTC)
         wait = (self._no_pods_before.get(uid, now) - now).total_seconds()
-        plan = plan_job(job, pods, now, wait)
+        plan = plan_job(job, pods, now, wait, BACKOFF)
         if plan.failures:
             plan = self._back_off(uid, job, pods, plan, now)
         for index in plan.create:
-            self._cluster.create(PODS, namespace, build_pod(job, index))
+            told = None if index is None else plan.told.get(index)
+            self._cluster.create(PODS, namespace, build_pod(job, index, told))
         self._cluster.modify(
             JOBS, namespace, job["metadata"]["name"], lambda old: {**old, "status": plan.status},
             "status",
         )  # fmt: skip
         self._release([*plan.release, *plan.delete])
-        for pod in plan.delete:
+        for pod in [*plan.delete, *plan.stop]:
             name = pod["metadata"]["name"]
             if self._cluster.store.get(PODS.storage, namespace, name) is not None:
                 self._cluster.delete(PODS, namespace, name)
@@ -92,7 +94,7 @@ class JobController:
         failures = self._failures[uid] = self._failures.get(uid, 0) + plan.failures
         delay = min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), LONGEST_BACKOFF_SECONDS)
         self._no_pods_before[uid] = now + timedelta(seconds=delay)
-        return plan_job(job, pods, now, delay)
+        return plan_job(job, pods, now, delay, BACKOFF)
 
     def _release(self, pods: list[Object]) -> None:
         for pod in pods:

@@ -18,10 +18,7 @@ CONTROLLER_UID_LABEL = "batch.kubernetes.io/controller-uid"
 CRD_CLEANUP_FINALIZER = "customresourcecleanup.apiextensions.k8s.io"
 
 # Job features that the controller in this package does not have. Refused, never ignored.
-UNSUPPORTED_JOB_FIELDS = (
-    *("backoffLimitPerIndex", "maxFailedIndexes", "successPolicy"),
-    *("managedBy", "manualSelector"),
-)
+UNSUPPORTED_JOB_FIELDS = ("managedBy", "manualSelector")
 
 
 def prepare(resource: Resource, obj: Object) -> Object:
@@ -171,9 +168,10 @@ def _prepare_job(obj: Object) -> Object:
 
 def _job_defaults(spec: Object) -> Object:
     replace = "Failed" if "podFailurePolicy" in spec else "TerminatingOrFailed"
+    per_index = spec.get("backoffLimitPerIndex") is not None
     defaults = {
         "parallelism": 1,
-        "backoffLimit": 6,
+        "backoffLimit": 2**31 - 1 if per_index else 6,
         "completionMode": "NonIndexed",
         "suspend": False,
         "podReplacementPolicy": replace,
@@ -205,16 +203,41 @@ def _job_causes(spec: Object) -> list[Cause]:
     if policy and restart != "Never":
         detail = 'only "Never" is supported when podFailurePolicy is specified'
         causes.append(Cause.invalid("spec.template.spec.restartPolicy", restart, detail))
+    if policy and spec.get("podReplacementPolicy", "Failed") != "Failed":
+        path, value = "spec.podReplacementPolicy", spec["podReplacementPolicy"]
+        causes.append(Cause.unsupported(path, value, ("Failed",)))
+    actions = ("FailJob", "Ignore", "Count", "FailIndex")
     for i, rule in enumerate(policy["rules"] if policy else ()):
-        if rule["action"] not in ("FailJob", "Ignore", "Count"):
-            path = f"spec.podFailurePolicy.rules[{i}].action"
-            causes.append(Cause.unsupported(path, rule["action"], ("FailJob", "Ignore", "Count")))
+        path = f"spec.podFailurePolicy.rules[{i}].action"
+        if rule["action"] not in actions:
+            causes.append(Cause.unsupported(path, rule["action"], actions))
+        elif rule["action"] == "FailIndex" and spec.get("backoffLimitPerIndex") is None:
+            detail = "requires the backoffLimitPerIndex to be set"
+            causes.append(Cause.invalid(path, rule["action"], detail))
+    return [*causes, *_index_causes(spec)]
+
+
+def _index_causes(spec: Object) -> list[Cause]:
+    """What is wrong with the fields that only an Indexed Job may have."""
+    causes = []
+    if spec.get("completionMode") != "Indexed":
+        for field in ("backoffLimitPerIndex", "successPolicy"):
+            if spec.get(field) is not None:
+                detail = "requires indexed completion mode"
+                causes.append(Cause.invalid(f"spec.{field}", spec[field], detail))
+    most = spec.get("maxFailedIndexes")
+    if most is not None and spec.get("backoffLimitPerIndex") is None:
+        causes.append(Cause.required("spec.backoffLimitPerIndex", "when maxFailedIndexes is set"))
+    if most is not None and most > (spec.get("completions") or 0):
+        detail = "must be less than or equal to completions"
+        causes.append(Cause.invalid("spec.maxFailedIndexes", most, detail))
     return causes
 
 
 def _revise_job(old: Object, new: Object) -> Object:
     new = {**new, "spec": _job_defaults(new.get("spec", {}))}
     fixed = ["selector", "completionMode", "podFailurePolicy"]
+    fixed += ["backoffLimitPerIndex", "successPolicy"]
     if old["spec"]["completionMode"] == "NonIndexed":
         fixed.append("completions")
     # A job that never started may still be told where to run, as queueing controllers do.

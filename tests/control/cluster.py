@@ -28,6 +28,8 @@ from dpmoe_operator.api.privateblock import PrivateBlockStatus
 from dpmoe_operator.control.actions import (
     Action,
     DeleteJob,
+    MarkStarted,
+    Pause,
     Prepare,
     Release,
     Remove,
@@ -36,8 +38,10 @@ from dpmoe_operator.control.actions import (
 )
 from dpmoe_operator.control.decide import Decision, decide, react
 from dpmoe_operator.control.planning import Planner
+from dpmoe_operator.control.pods import INDEX_DISRUPTIONS, INDEX_FAILURES
+from dpmoe_operator.control.steering import pause_patch, release_patch, stop_patch
 from dpmoe_operator.control.times import format_time
-from dpmoe_operator.control.views import CANCELLED, RELEASED, WorkloadView
+from dpmoe_operator.control.views import WorkloadView
 from dpmoe_operator.kube.picture import Picture
 from dpmoe_operator.launch.launching import JOB_UID, Launch
 from dpmoe_operator.launch.manifests import build_job
@@ -45,7 +49,7 @@ from dpmoe_operator.ledger.entry import in_entries
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.ledger.log import Ledger
 from dpmoe_operator.local.apiserver.schema import prune_object, validate
-from dpmoe_trainer.contract import Outcome, TrainingPlan
+from dpmoe_trainer.contract import FINAL_CODES, Outcome, TrainingPlan
 
 STATUS_SCHEMAS = {
     "privateblocks": structural_schema(PrivateBlockStatus),
@@ -62,6 +66,8 @@ class Cluster:
 
     Attributes:
         steps: steps that trainers of a DPMoEJob really took, over all of its pods.
+        journals: by DPMoEJob, the pods that ever started, as its checkpoint volume knows them.
+        told: by Kubernetes Job, the counts of failures that its next pod is told.
         pending: events that the operator's watches have not brought yet.
     """
 
@@ -73,6 +79,8 @@ class Cluster:
         self.pods: dict[str, Object] = {}
         self.plans: dict[str, TrainingPlan] = {}
         self.steps: dict[str, int] = {}
+        self.journals: dict[str, list[str]] = {}
+        self.told: dict[str, dict[str, int]] = {}
         self.store = MemoryStore()
         self.pending: list[Event] = []
         self._version = 100
@@ -169,15 +177,23 @@ class Cluster:
         self.changed("workload", "ADDED", manifest)
         return deepcopy(manifest)
 
-    def suspend(
-        self, workload_uid: str, *, suspend: bool = True, annotation: str | None = None
-    ) -> Object:
-        """Change a workload's `suspend`, with an annotation in the same write."""
+    def suspend(self, workload_uid: str, *, suspend: bool = True) -> None:
+        """Change a workload's `suspend`, as others may, Kueue for one."""
+        self.patch_workload(workload_uid, {"spec": {"suspend": suspend}})
+
+    def patch_workload(self, workload_uid: str, patch: Object) -> Object:
+        """Merge a patch into a workload; a change of its spec is a new generation."""
         manifest = self.workloads[workload_uid]
-        manifest["metadata"]["generation"] += manifest["spec"]["suspend"] != suspend
-        manifest["spec"]["suspend"] = suspend
-        if annotation is not None:
-            manifest["metadata"]["annotations"][annotation] = format_time(self.now)
+        for kind in ("annotations", "labels"):
+            values = manifest["metadata"][kind]
+            for key, value in patch.get("metadata", {}).get(kind, {}).items():
+                if value is None:
+                    values.pop(key, None)
+                else:
+                    values[key] = value
+        spec = manifest["spec"] | patch.get("spec", {})
+        manifest["metadata"]["generation"] += spec != manifest["spec"]
+        manifest["spec"] = spec
         self.changed("workload", "MODIFIED", manifest)
         return deepcopy(manifest)
 
@@ -194,10 +210,14 @@ class Cluster:
         pods = [self.pods[name] for name in self.pods_of(uid)]
         alive = [each for each in pods if not _is_over(each)]
         if manifest["spec"]["suspend"]:
+            self.told.pop(uid, None)
             for each in alive:
                 self.terminate(each["metadata"]["uid"])
             left = [name for name in self.pods_of(uid) if not _is_over(self.pods[name])]
-            return {"terminating": len(left), "conditions": [_condition("Suspended")]}
+            kept = {k: v for k, v in manifest["status"].items() if k == "failed"}
+            return {"terminating": len(left), "conditions": [_condition("Suspended")], **kept}
+        if _restarts(manifest):
+            return self._status_by_index(uid, manifest, pods, alive)
         failed = manifest["status"].get("failed", 0)
         failed += sum(each["status"]["phase"] == "Failed" for each in pods)
         failed += sum("deletionTimestamp" in each["metadata"] for each in alive)
@@ -211,11 +231,46 @@ class Cluster:
             self.create_pod(manifest)
         return {"active": 1, "conditions": []}
 
+    def _status_by_index(
+        self, uid: str, manifest: Object, pods: list[Object], alive: list[Object]
+    ) -> Object:
+        """Failed pods are replaced, but for final exit codes, until there are too many of them."""
+        if any(each["status"]["phase"] == "Succeeded" for each in pods):
+            return {"succeeded": 1, "conditions": [_condition("Complete")]}
+        for each in pods:
+            if each["status"]["phase"] == "Failed":
+                self._count(manifest, each)
+        failed = {"failed": manifest["status"].get("failed", 0)}
+        if any(_exit_code(each) in FINAL_CODES for each in pods):
+            return {**failed, "conditions": [_condition("Failed")]}
+        if self.told.get(uid, {}).get(INDEX_FAILURES, 0) > manifest["spec"]["backoffLimitPerIndex"]:
+            return {**failed, "failedIndexes": "0", "conditions": [_condition("Failed")]}
+        if not alive:
+            self.create_pod(manifest)
+        return {**failed, "active": 1, "conditions": []}
+
+    def _count(self, owner: Object, each: Object) -> None:
+        """The Job controller counts a failed pod, once."""
+        if each.get("counted"):
+            return
+        each["counted"] = True
+        disrupted = any(
+            c["type"] == "DisruptionTarget" for c in each["status"].get("conditions", [])
+        )
+        key = INDEX_DISRUPTIONS if disrupted else INDEX_FAILURES
+        told = self.told.setdefault(owner["metadata"]["uid"], {})
+        told[key] = told.get(key, 0) + 1
+        if not disrupted:
+            owner["status"]["failed"] = owner["status"].get("failed", 0) + 1
+
     def create_pod(self, workload: Object) -> None:
         uid = f"pod-{self._version}"
         job_uid, owner = workload["metadata"]["labels"][JOB_UID], workload["metadata"]["uid"]
         self.pods[uid] = pod(UNSCHEDULED, uid=uid, node=None, job_uid=job_uid, owner=owner)
         self.pods[uid]["metadata"]["labels"] = dict(workload["metadata"]["labels"])
+        self.pods[uid]["metadata"]["creationTimestamp"] = format_time(self.now)
+        for key, count in self.told.get(owner, {}).items():
+            self.pods[uid]["metadata"]["annotations"][key] = str(count)
         self.changed("pod", "ADDED", self.pods[uid])
 
     # Pods
@@ -236,6 +291,10 @@ class Cluster:
         elif phase == SCHEDULED:
             self.set_pod(uid, CREATING)
         elif phase == CREATING:
+            job_uid, plan = self._plan_of(uid)
+            if plan.checkpoint is not None:
+                self.journals.setdefault(job_uid, []).append(uid)
+                self.pods[uid]["steps"] = self.steps.get(job_uid, 0)
             self.set_pod(uid, RUNNING)
 
     def train(self, uid: str, steps: int = 1) -> None:
@@ -262,6 +321,7 @@ class Cluster:
             noise_multiplier=privacy.noise_multiplier,
             sampling_rate=privacy.sampling_rate,
             clipping_norm=privacy.clipping_norm,
+            attempts=tuple(self.journals.get(job_uid, ())),
         )
         self.set_pod(uid, ended(0 if done else 143, message))
 
@@ -289,7 +349,10 @@ class Cluster:
         """The pod object goes as it is, and whatever ran is dead."""
         each = self.pods.pop(uid)
         owner = self.workloads.get(each["metadata"]["ownerReferences"][0]["uid"])
-        if owner is not None and not owner["spec"]["suspend"] and not _finished(owner):
+        if owner is not None and _restarts(owner):
+            if not owner["spec"]["suspend"] and not _finished(owner):
+                self._count(owner, each)
+        elif owner is not None and not owner["spec"]["suspend"] and not _finished(owner):
             # The Job controller holds a pod back until it has counted its end.
             owner["status"] = {"failed": owner["status"].get("failed", 0) + 1, "conditions": []}
         self.changed("pod", "DELETED", each)
@@ -330,6 +393,17 @@ def _condition(kind: str) -> Object:
 
 def _has(status: Mapping[str, Any], kind: str) -> bool:
     return any(condition["type"] == kind for condition in status.get("conditions", []))
+
+
+def _restarts(workload: Object) -> bool:
+    return workload["spec"].get("backoffLimitPerIndex") is not None
+
+
+def _exit_code(each: Object) -> int | None:
+    for container in each["status"].get("containerStatuses", []):
+        code: int | None = container["state"].get("terminated", {}).get("exitCode")
+        return code
+    return None
 
 
 def _finished(workload: Object) -> bool:
@@ -429,8 +503,10 @@ class Operator:
             manifest = cluster.create_workload(action.launch)
             self.picture.prepared.add(action.launch.job.uid)
             self.picture.on_workload("MODIFIED", manifest)
-        elif isinstance(action, Release | Stop):
+        elif isinstance(action, Release | Pause | Stop):
             self._patch(action)
+        elif isinstance(action, MarkStarted):
+            self.picture.marked.add(action.job.uid)
         elif isinstance(action, Remove):
             if action.uid in cluster.workloads:
                 for name in cluster.pods_of(action.uid):
@@ -447,18 +523,21 @@ class Operator:
                 )
                 put(stored)
 
-    def _patch(self, action: Release | Stop) -> None:
+    def _patch(self, action: Release | Pause | Stop) -> None:
         known = self.cluster.workload_of(action.job_uid)
         if known is None:
             return
         meta = known["metadata"]
+        now = format_time(self.cluster.now)
         if isinstance(action, Stop):
-            manifest = self.cluster.suspend(meta["uid"], annotation=CANCELLED)
-        elif meta["resourceVersion"] == action.resource_version:
-            manifest = self.cluster.suspend(meta["uid"], suspend=False, annotation=RELEASED)
-        else:
+            patch = stop_patch(now)
+        elif meta["resourceVersion"] != action.resource_version:
             return
-        self.picture.on_workload("MODIFIED", manifest)
+        elif isinstance(action, Pause):
+            patch = pause_patch(action, now)
+        else:
+            patch = release_patch(action, now)
+        self.picture.on_workload("MODIFIED", self.cluster.patch_workload(meta["uid"], patch))
 
 
 def settle_down(cluster: Cluster, operator: Operator, seconds: int = 1) -> None:

@@ -53,7 +53,9 @@ DATA: frozenset[Call] = frozenset(
         ("", "services", "create"),
         ("networking.k8s.io", "networkpolicies", "get"),
         ("networking.k8s.io", "networkpolicies", "create"),
-        # kube/apply.py: Release and Stop, Remove
+        ("scheduling.k8s.io", "podgroups", "get"),
+        ("scheduling.k8s.io", "podgroups", "create"),
+        # kube/apply.py: Release, Pause and Stop, Remove
         ("batch", "jobs", "patch"),
         ("batch", "jobs", "delete"),
     }

@@ -18,6 +18,10 @@ FULL: dict[str, Any] = {
         "gpuResource": "amd.com/gpu",
         "storageCidrs": ["10.1.0.0/16", "fd00::/8"],
         "hostPaths": ["/srv/data", "/mnt/reviews"],
+        "env": {"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0"},
+        "terminationGracePeriodSeconds": 300,
+        "startTimeoutSeconds": 600,
+        "gangs": False,
     },
     "scheduling": {
         "policy": "fcfs",

@@ -63,6 +63,10 @@ def test_the_operator_understands_what_the_default_values_say(
         "gpu_resource": DEFAULTS.gpu_resource,
         "storage_cidr": (),
         "host_path": (),
+        "trainer_env": (),
+        "grace_seconds": DEFAULTS.grace_seconds,
+        "start_timeout_seconds": 3600,
+        "gangs": True,
         "liveness": "http://0.0.0.0:8080/healthz",
         "kubeconfig": None,
         "verbose": False,
@@ -80,6 +84,9 @@ def test_the_operator_understands_what_other_values_say(
     assert understood["gpu_resource"] == "amd.com/gpu"
     assert list(understood["storage_cidr"]) == ["10.1.0.0/16", "fd00::/8"]
     assert list(understood["host_path"]) == ["/srv/data", "/mnt/reviews"]
+    assert list(understood["trainer_env"]) == ["GLOO_SOCKET_IFNAME=eth0", "NCCL_SOCKET_IFNAME=eth0"]
+    assert (understood["grace_seconds"], understood["start_timeout_seconds"]) == (300, 600)
+    assert understood["gangs"] is False
 
 
 def test_the_operator_knows_its_own_pod(full: list[Manifest]) -> None:

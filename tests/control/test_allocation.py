@@ -25,8 +25,8 @@ from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.access import Refusal
 from dpmoe_operator.control.accounts import standings
 from dpmoe_operator.control.allocation import Allocation, allocate
+from dpmoe_operator.control.job_status import Waiting
 from dpmoe_operator.control.planning import Planned, plan_job
-from dpmoe_operator.control.projection import Waiting
 from dpmoe_operator.control.settlement import Verdict, settle
 from dpmoe_operator.control.times import format_time
 from dpmoe_operator.control.views import Snapshot

@@ -25,6 +25,7 @@ from tests.control.stages import (
 
 from dpmoe_operator.control.actions import Remove, SetStatus
 from dpmoe_operator.control.decide import decide
+from dpmoe_operator.control.steering import stop_patch
 from dpmoe_operator.control.times import parse_time
 from dpmoe_operator.control.views import CANCELLED, RELEASED
 from dpmoe_operator.launch.launching import JOB_UID, workload_name
@@ -131,7 +132,7 @@ def test_release_is_given_once_on_what_was_decided(cluster: Cluster, operator: O
     """Whoever gave the Job up since the decision wins: the release carries its version."""
     reach_launched(cluster, operator)
     [uid] = cluster.workloads
-    cluster.suspend(uid, annotation=CANCELLED)
+    cluster.patch_workload(uid, stop_patch("2030-01-01T12:00:00Z"))
     _, actions = operator.round()
     assert kinds(actions) == ["Release"]
     assert cluster.workloads[uid]["spec"]["suspend"] is True

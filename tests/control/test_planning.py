@@ -470,12 +470,6 @@ REFUSED: dict[str, tuple[Object, list[Object], Reason, str]] = {
         Reason.INVALID_SPEC,
         "must be below 1/N = 1/100000, the units of block more",
     ),
-    "several pods": (
-        job(parallelism={"workers": 2}),
-        [block()],
-        Reason.INVALID_SPEC,
-        "spec.parallelism: 'workers 2, expertParallel 1': must be 1",
-    ),
     "batch above the units": (
         job(training={"logicalBatch": UNITS + 1}),
         [block()],

@@ -41,15 +41,13 @@ from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.accounts import standings
 from dpmoe_operator.control.actions import SetStatus
 from dpmoe_operator.control.decide import decide, react
+from dpmoe_operator.control.job_status import REJECTED, Waiting, job_status
 from dpmoe_operator.control.planning import Planner
 from dpmoe_operator.control.pods import PodView
 from dpmoe_operator.control.projection import (
-    REJECTED,
-    Waiting,
     available_epsilon,
     block_status,
     epsilon_text,
-    job_status,
     used_share,
 )
 from dpmoe_operator.control.settlement import Verdict, settle

@@ -126,7 +126,8 @@ def test_environment_is_the_operators_alone() -> None:
     assert variables["PET_NODE_RANK"]["valueFrom"]["fieldRef"]["fieldPath"] == (
         "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     )
-    assert len(variables) == 9
+    assert variables["DPMOE_POD_UID"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.uid"
+    assert len(variables) == 10
 
 
 def test_torchrun_starts_a_process_for_each_gpu() -> None:

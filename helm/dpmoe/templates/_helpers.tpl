@@ -66,3 +66,10 @@ oldObject.metadata.?annotations[?'{{ first $annotation }}'] == optional.of('{{ l
 {{- define "dpmoe.anchorClaim" -}}
 {{ .Values.anchor.existingClaim | default (printf "%s-anchor" (include "dpmoe.operator" .)) }}
 {{- end }}
+
+{{/* Variables as NAME=VALUE, in the order of their names. */}}
+{{- define "dpmoe.variables" -}}
+{{- $pairs := list -}}
+{{- range $name, $value := . }}{{- $pairs = append $pairs (printf "%s=%s" $name $value) }}{{- end -}}
+{{- join " " $pairs -}}
+{{- end }}

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dpmoe_operator.cli.errors import user_errors
-from dpmoe_operator.control.settings import Settings
+from dpmoe_operator.control.settings import Settings, variables
 from dpmoe_operator.scheduling.policies import POLICIES
 
 
@@ -98,6 +98,38 @@ def operator(
             help="Folder of the nodes that blocks may name as dataset.path; may be repeated.",
         ),
     ] = None,
+    trainer_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="DPMOE_TRAINER_ENV",
+            help="NAME=VALUE of NCCL's or Gloo's for the trainer's processes; may be repeated.",
+        ),
+    ] = None,
+    grace_seconds: Annotated[
+        int,
+        typer.Option(
+            envvar="DPMOE_GRACE_SECONDS",
+            min=1,
+            max=86_400,
+            help="How long a trainer may take to save itself after SIGTERM.",
+        ),
+    ] = 60,
+    start_timeout_seconds: Annotated[
+        int,
+        typer.Option(
+            envvar="DPMOE_START_TIMEOUT_SECONDS",
+            min=0,
+            max=315_360_000,
+            help="How long pods may wait for nodes, then their budget returns; 0 for ever.",
+        ),
+    ] = 0,
+    gangs: Annotated[
+        bool,
+        typer.Option(
+            envvar="DPMOE_GANGS",
+            help="Use Kubernetes' own gang scheduling where the server has it.",
+        ),
+    ] = True,
     liveness: Annotated[
         str | None,
         typer.Option(
@@ -134,6 +166,10 @@ def operator(
             gpu_resource=gpu_resource,
             storage_cidrs=tuple(storage_cidr or ()),
             host_paths=tuple(host_path or ()),
+            trainer_env=variables(trainer_env or ()),
+            grace_seconds=grace_seconds,
+            start_timeout_seconds=start_timeout_seconds or None,
+            gangs=gangs,
             anchored=anchor is not None,
         )
         access = load_access(kubeconfig)

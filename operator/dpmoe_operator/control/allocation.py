@@ -18,9 +18,9 @@ from dpmoe_operator.api.privateblock import Unlocking
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.access import Refusal
 from dpmoe_operator.control.accounts import Standing
+from dpmoe_operator.control.job_status import Waiting, timed_out
 from dpmoe_operator.control.market import Market, Row
 from dpmoe_operator.control.planning import Planned
-from dpmoe_operator.control.projection import Waiting, timed_out
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.times import format_time, parse_time
 from dpmoe_operator.control.views import JobView, Snapshot

@@ -31,9 +31,10 @@ from dpmoe_operator.control.actions import (
     status_write,
 )
 from dpmoe_operator.control.allocation import Allocation, allocate
+from dpmoe_operator.control.job_status import job_status, timed_out
 from dpmoe_operator.control.market import Market
 from dpmoe_operator.control.planning import Planned, Planner
-from dpmoe_operator.control.projection import block_status, job_status, timed_out
+from dpmoe_operator.control.projection import block_status
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.settlement import (
     Verdict,

@@ -1,6 +1,11 @@
 """What the platform team configures, as one immutable value."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+OPEN_VARIABLES = re.compile(r"(NCCL|TORCH_NCCL|GLOO|UCX|FI)_[A-Z0-9_]+")
+"""What the platform team may set in the trainer's environment: how its network is used."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Settings:
         grace_seconds: how long the trainer may take from SIGTERM to its end.
         start_timeout_seconds: how long a job's pods may wait for nodes, unless the job says; then
             its budget returns. None for ever.
-        gangs: the server has Kubernetes' own gang scheduling (scheduling.k8s.io/v1alpha2).
+        gangs: several pods are placed together or not at all, by Kubernetes' own gang scheduling
+            (scheduling.k8s.io/v1alpha2); the operator turns it off where the server has none.
     """
 
     namespace: str
@@ -44,3 +50,21 @@ class Settings:
     grace_seconds: int = 60
     start_timeout_seconds: int | None = None
     gangs: bool = False
+
+
+def variables(texts: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """`NAME=VALUE` texts as variables of the trainer's processes.
+
+    Raises:
+        ValueError: one is no variable that may be set.
+    """
+    pairs = []
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not OPEN_VARIABLES.fullmatch(name):
+            raise ValueError(
+                f"--trainer-env: {text!r}: must be NAME=VALUE with a name that begins with NCCL_,"
+                " TORCH_NCCL_, GLOO_, UCX_ or FI_"
+            )
+        pairs.append((name, value))
+    return tuple(pairs)

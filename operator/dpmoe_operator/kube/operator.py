@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ import kopf
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.kube.client import KubeClient
 from dpmoe_operator.kube.config import Access
-from dpmoe_operator.kube.errors import ApiError
+from dpmoe_operator.kube.errors import ApiError, NotFound
 from dpmoe_operator.kube.lease import LEASE_SECONDS, Leadership, new_identity
 from dpmoe_operator.kube.loop import RoundLoop
 from dpmoe_operator.kube.picture import Picture
 from dpmoe_operator.kube.progress import poll_progress
-from dpmoe_operator.kube.resources import DPMOE_JOBS, LEDGER_ENTRIES, PRIVATE_BLOCKS
+from dpmoe_operator.kube.resources import DPMOE_JOBS, LEDGER_ENTRIES, POD_GROUPS, PRIVATE_BLOCKS
 from dpmoe_operator.kube.store import KubeEntryStore
 from dpmoe_operator.kube.workloads import WorkloadWatch
 from dpmoe_operator.ledger.anchor import Anchor
@@ -78,6 +78,7 @@ def run_operator(options: OperatorOptions) -> None:
     policy(options.settings.policy)
     spare_the_collector()
     asyncio.run(_check_access(options))
+    options = replace(options, settings=asyncio.run(_with_what_is_served(options)))
     registry = kopf.OperatorRegistry()
     operator = _Operator(options)
     operator.register(registry)
@@ -113,6 +114,22 @@ async def _check_access(options: OperatorOptions) -> None:
                 await client.raw("GET", resource.path(namespace), params={"limit": "1"})
     except ApiError as error:
         raise OperatorError(str(error)) from error
+
+
+async def _with_what_is_served(options: OperatorOptions) -> Settings:
+    """The settings, without what the API server does not have."""
+    settings = options.settings
+    if not settings.gangs:
+        return settings
+    try:
+        async with KubeClient(options.access) as client:
+            await client.raw("GET", f"/apis/{POD_GROUPS.api_version}")
+    except NotFound:
+        logger.info("the server has no %s: pods are placed one by one", POD_GROUPS.api_version)
+        return replace(settings, gangs=False)
+    except ApiError as error:
+        raise OperatorError(str(error)) from error
+    return settings
 
 
 def _kopf_settings() -> kopf.OperatorSettings:

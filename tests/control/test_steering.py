@@ -1,0 +1,156 @@
+"""What is done to a launched Job: released to its pods or to Kueue, timed, paused, given up."""
+
+from datetime import timedelta
+
+import pytest
+from tests.builders import TEAM, block
+from tests.control.cluster import Cluster, Operator
+from tests.control.stages import (
+    grant_of,
+    only_pod,
+    reach_launched,
+    reach_pending,
+    reach_released,
+    reach_running,
+    see,
+    settled,
+)
+
+from dpmoe_operator.control.views import PAUSED, QUEUE_NAME, RELEASED
+
+OPENED = {
+    "models": ["models"],
+    "outputs": [{"claimName": "results"}],
+    "checkpoints": {"claimName": "saved"},
+}
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    cluster = Cluster()
+    cluster.apply(block(uid="b", access=[{"namespace": TEAM, **OPENED}]))
+    return cluster
+
+
+@pytest.fixture
+def operator(cluster: Cluster) -> Operator:
+    operator = Operator(cluster)
+    see(operator)
+    return operator
+
+
+def test_kueue_gets_a_job_once_its_launch_is_in_the_ledger(
+    cluster: Cluster, operator: Operator
+) -> None:
+    reach_launched(cluster, operator, placement={"queueName": "gpus"})
+    [workload] = cluster.workloads.values()
+    assert QUEUE_NAME not in workload["metadata"]["labels"]
+    operator.deliver()
+    assert grant_of(cluster).launched is not None
+    see(operator)
+    assert workload["metadata"]["labels"][QUEUE_NAME] == "gpus"
+    assert (workload["spec"]["suspend"], workload["metadata"]["generation"]) == (True, 1)
+    assert see(operator) == ([], [])
+    assert cluster.jobs["j"]["status"]["reason"] == "Queued"
+
+
+def test_paused_job_leaves_the_queue_and_returns_to_it(
+    cluster: Cluster, operator: Operator
+) -> None:
+    """Kueue would start it again: it is its queue's as long as it has the label."""
+    reach_released(cluster, operator, placement={"queueName": "gpus"})
+    [(uid, workload)] = cluster.workloads.items()
+    cluster.suspend(uid, suspend=False)
+    cluster.job_controller()
+    see(operator)
+    cluster.edit("j", suspend=True)
+    assert see(operator) == ([], ["Pause"])
+    assert QUEUE_NAME not in workload["metadata"]["labels"]
+    assert workload["spec"]["suspend"] is True
+    cluster.edit("j", suspend=False)
+    cluster.job_controller()
+    assert see(operator) == ([], ["Release"])
+    assert workload["metadata"]["labels"][QUEUE_NAME] == "gpus"
+    assert PAUSED not in workload["metadata"]["annotations"]
+    assert RELEASED in workload["metadata"]["annotations"]
+    assert workload["spec"]["suspend"] is True
+
+
+def test_job_goes_on_only_once_its_last_pods_have_ended(
+    cluster: Cluster, operator: Operator
+) -> None:
+    reach_running(cluster, operator)
+    cluster.edit("j", suspend=True)
+    see(operator)
+    cluster.job_controller()
+    cluster.edit("j", suspend=False)
+    assert see(operator) == ([], [])
+    cluster.kubelet()
+    cluster.job_controller()
+    assert see(operator) == ([], ["Release"])
+
+
+def test_job_that_is_suspended_before_its_release_waits(
+    cluster: Cluster, operator: Operator
+) -> None:
+    reach_launched(cluster, operator)
+    cluster.edit("j", suspend=True)
+    assert see(operator) == ([], [])
+    cluster.edit("j", suspend=False)
+    assert see(operator) == ([], ["Release"])
+
+
+def test_start_timeout_spares_a_job_that_once_started(cluster: Cluster, operator: Operator) -> None:
+    reach_running(cluster, operator, placement={"startTimeoutSeconds": 60})
+    cluster.now += timedelta(seconds=61)
+    assert see(operator) == ([], [])
+    cluster.edit("j", suspend=True)
+    for _ in range(2):
+        see(operator)
+        cluster.job_controller()
+        cluster.kubelet()
+    cluster.edit("j", suspend=False)
+    see(operator)
+    cluster.now += timedelta(seconds=600)
+    operator.restart()
+    assert see(operator) == ([], [])
+
+
+def test_start_timeout_is_of_all_pods(cluster: Cluster, operator: Operator) -> None:
+    """One that runs without the others holds its GPU for nothing."""
+    reach_running(
+        cluster, operator, placement={"startTimeoutSeconds": 60}, parallelism={"workers": 2}
+    )
+    cluster.now += timedelta(seconds=59)
+    assert see(operator) == ([], [])
+    cluster.now += timedelta(seconds=2)
+    assert see(operator) == ([], ["Stop"])
+    for _ in range(3):
+        cluster.job_controller()
+        cluster.kubelet()
+        see(operator)
+    assert settled(cluster) == ("Stopped", 3)
+
+
+def test_status_tells_of_restarts(cluster: Cluster, operator: Operator) -> None:
+    reach_running(cluster, operator)
+    cluster.finish(only_pod(cluster), crash=True)
+    see(operator)
+    status = cluster.jobs["j"]["status"]
+    assert (status["state"], status["reason"]) == ("Running", "Restarting")
+    assert status["message"].startswith("trainer pod 0 ended with exit code 137 and is replaced")
+    cluster.job_controller()
+    for _ in range(3):
+        cluster.advance(list(cluster.pods)[-1])
+    see(operator)
+    status = cluster.jobs["j"]["status"]
+    assert (status["state"], status["reason"], status["restarts"]) == ("Running", "Training", 1)
+    assert "restarted 1 time; at step" in status["message"]
+    kinds = {c["type"]: c["status"] for c in status["conditions"]}
+    assert kinds["Restartable"] == "True"
+
+
+def test_pending_job_without_a_timeout_waits(cluster: Cluster, operator: Operator) -> None:
+    reach_pending(cluster, operator)
+    cluster.now += timedelta(days=30)
+    assert see(operator) == ([], [])

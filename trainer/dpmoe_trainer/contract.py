@@ -13,7 +13,6 @@ termination message. What holds:
 
 import hashlib
 import json
-from collections.abc import Mapping
 from enum import IntEnum, StrEnum
 from typing import Annotated, Literal, Self
 
@@ -513,9 +512,3 @@ class Environment(StrEnum):
     """How many were evicted, preempted or drained before this one, likewise; may be empty."""
     RESUMED = "DPMOE_RESUMED"
     """Set once rank 0 of the run was seen running: a suspended Job forgets its counts."""
-
-
-def may_have_run_before(environment: Mapping[str, str]) -> bool:
-    """Whether an earlier pod of the run may have started, so that there must be a journal."""
-    counts = (environment.get(n) or "0" for n in (Environment.FAILURES, Environment.DISRUPTIONS))
-    return any(int(count) > 0 for count in counts) or bool(environment.get(Environment.RESUMED))

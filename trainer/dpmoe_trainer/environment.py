@@ -51,7 +51,7 @@ class Settings:
         progress_port: the port that serves progress, as written; None serves nothing.
         root: the folder that stands for `/` in the plan's paths; None is `/` itself.
         pod_uid: the uid of the pod; None outside Kubernetes.
-        failures: how many pods of this index failed before this one.
+        failures: how many earlier pods of this index, at least, may have started.
         worker: which rank this process is, if it was started as one.
         pod: which pod of the run this is, if the operator started it.
         heartbeat: the pipe to the supervisor, if there is one.
@@ -130,11 +130,20 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         progress_port=environment.get(Environment.PROGRESS_PORT) or None,
         root=root,
         pod_uid=environment.get(Environment.POD_UID) or None,
-        failures=_number(environment, Environment.FAILURES, 0) or 0,
+        failures=_earlier_pods(environment),
         worker=_worker(environment),
         pod=_pod(environment),
         heartbeat=_number(environment, Environment.HEARTBEAT),
     )
+
+
+def _earlier_pods(environment: Mapping[str, str]) -> int:
+    """By Kubernetes' counts, and by the operator's word where a suspended Job forgot these."""
+    counts = (
+        _number(environment, name, 0) for name in (Environment.FAILURES, Environment.DISRUPTIONS)
+    )
+    known = sum(count or 0 for count in counts)
+    return known or int(bool(environment.get(Environment.RESUMED)))
 
 
 def _worker(environment: Mapping[str, str]) -> Worker | None:

@@ -8,7 +8,8 @@ from tests.builders import NOW, SETTINGS, UNITS, block, job, snapshot, with_acco
 from dpmoe_operator.api.reasons import Reason
 from dpmoe_operator.control.decide import Decision, decide
 from dpmoe_operator.control.planning import Planner
-from dpmoe_operator.control.views import JobView, format_time
+from dpmoe_operator.control.times import format_time
+from dpmoe_operator.control.views import JobView
 
 DAY = 86_400
 # At one order a budget is one number: ε 3 leaves 1.457 at order 8.

@@ -112,7 +112,7 @@ def load(plan: TrainingPlan, settings: Settings, device: torch.device) -> Loaded
         model=model,
         tokenizer=tokenizer,
         device=device,
-        lower=_frozen_part(model),
+        lower=_frozen_part(model, spread=plan.parallel.expert_parallel > 1),
         size=sum(tensor.nbytes for tensor in model.state_dict().values()),
         clipping=clipping,
         balancing=balancing,
@@ -203,11 +203,14 @@ def _check_sizes(
         )
 
 
-def _frozen_part(model: PreTrainedModel) -> Lower | None:
+def _frozen_part(model: PreTrainedModel, spread: bool) -> Lower | None:
+    """What may be run for a row alone: no experts that are spread over ranks."""
     if not hasattr(model, "lower"):
         return None
     try:
         frozen_layers = model.first_trainable_layer
     except ValueError:  # the embeddings are trained
+        return None
+    if spread and model.lower_has_experts:
         return None
     return model.lower if frozen_layers else None

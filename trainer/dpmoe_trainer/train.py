@@ -106,9 +106,7 @@ def train(
     vocabulary = loaded.model.config.vocab_size
     table, units = load_units(_blocks(plan, settings), plan.model.labels, vocabulary)
     cache_bytes = memory() // (CACHE_SHARE * plan.parallel.processes)
-    # A lower part that holds experts of other ranks cannot be run for one row alone.
-    lower = None if shards else loaded.lower
-    private_rows = _rows(table, loaded, training.max_tokens, lower, cache_bytes)
+    private_rows = _rows(table, loaded, training.max_tokens, loaded.lower, cache_bytes)
     public_rows = None
     if plan.evaluation is not None:
         table = _evaluation_table(plan, settings, vocabulary)

@@ -177,6 +177,11 @@ class DPMoEBertForSequenceClassification(BertPreTrainedModel):
                 return index
         return len(self.layers)
 
+    @property
+    def lower_has_experts(self) -> bool:
+        """Whether the frozen part holds layers of experts."""
+        return any(layer < self.first_trainable_layer for layer in self.config.moe_layers or ())
+
     @torch.no_grad()
     def lower(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None

@@ -75,6 +75,12 @@ def test_sharding_by_expert_changes_nothing():
     assert torch.equal(whole, torch.cat([low, high]))
 
 
+def test_sharding_by_rows_changes_nothing():
+    whole = noise_of((50, 7), name="a")
+    parts = [whole[:20], noise_of((29, 7), name="a", offsets={"a": 140}), whole[49:]]
+    assert torch.equal(whole, torch.cat(parts))
+
+
 def test_a_parameter_may_lie_in_memory_in_any_order():
     transposed = {"a": torch.zeros(9, 7, dtype=torch.float64).T}
     assert torch.equal(add_noise(transposed, SIGMA, CLIP, KEY, 0)["a"], noise_of((7, 9), name="a"))

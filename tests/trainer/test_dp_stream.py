@@ -77,6 +77,19 @@ def test_any_part_can_be_computed_alone() -> None:
     assert torch.equal(whole[256 * GROUP :], normal_groups(KEY, 256, 44, CPU))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [0, 1, GROUP - 1, GROUP, 5 * GROUP + 77, 256 * GROUP + 3])
+@pytest.mark.parametrize("count", [0, 1, 50, GROUP, 300 * GROUP + 1])
+def test_a_part_that_begins_anywhere_gets_the_same_bits(
+    first: int, count: int, dtype: torch.dtype, either: str
+) -> None:
+    whole = torch.ones(first + count, dtype=dtype)
+    add_normal(whole, KEY, 0.7)
+    part = torch.ones(count, dtype=dtype)
+    add_normal(part, KEY, 0.7, first)
+    assert torch.equal(part, whole[first:])
+
+
 def test_numbers_are_normal_in_the_middle_and_in_the_tails(either: str) -> None:
     numbers = normal(200_000)
     assert stats.kstest(numbers.numpy(), "norm").pvalue > 0.01

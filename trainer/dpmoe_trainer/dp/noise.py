@@ -5,7 +5,8 @@ on the experts that tokens reached would tell which ones those were.
 
 Each (parameter, expert, step) has a stream of its own (`dp.stream`), keyed with the run's secret.
 So an expert's noise does not depend on where in a tensor or on which rank it lies, and sharding a
-layer by expert changes nothing.
+layer by expert changes nothing. A rank that holds a part of any other parameter draws that part of
+the parameter's stream.
 
 A caveat that all floating-point implementations share: the output is not exactly Gaussian, and the
 low bits of a noised float can tell of its unnoised value (Mironov 2012, "On significance of the
@@ -36,6 +37,7 @@ def add_noise(
     key: NoiseKey,
     step: int,
     first_experts: Mapping[str, int] | None = None,
+    offsets: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Adds N(0, (σC)²) to every number of every gradient, in place.
 
@@ -51,6 +53,8 @@ def add_noise(
         step: The step, from 0.
         first_experts: Of the gradients that hold but a part of a layer's experts, the first one's
             index in its layer.
+        offsets: Of the gradients that hold but a part of a parameter's numbers, how many come
+            before the first one.
 
     Returns:
         The gradients.
@@ -62,21 +66,29 @@ def add_noise(
     for name, value in (("noise_multiplier", noise_multiplier), ("clipping_norm", clipping_norm)):
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} is {value}: noise needs a positive, finite number")
+    for name in offsets or {}:
+        assert not _is_by_expert(name), "experts are not cut within an expert"
     for name, gradient in gradients.items():
         # A stream's order is that of a contiguous tensor, however this one lies in memory.
         noised = gradient.contiguous()
         for part, *context in _parts(name, noised, (first_experts or {}).get(name, 0)):
-            add_normal(part, key.derive("noise", name, step, *context), scale)
+            first = (offsets or {}).get(name, 0)
+            add_normal(part, key.derive("noise", name, step, *context), scale, first)
         if noised is not gradient:
             gradient.copy_(noised)
     return gradients
+
+
+def _is_by_expert(name: str) -> bool:
+    """Whether a parameter of this name has a stream for each of its experts."""
+    return name.split(".")[-2:-1] == ["experts"]
 
 
 def _parts(
     name: str, gradient: Tensor, first_expert: int
 ) -> Iterator[tuple[Tensor, int] | tuple[Tensor]]:
     """What has a stream of its own: each expert of fused ones, and any other parameter."""
-    if name.split(".")[-2:-1] == ["experts"]:
+    if _is_by_expert(name):
         yield from ((one, first_expert + index) for index, one in enumerate(gradient))
     else:
         yield (gradient,)

@@ -28,7 +28,7 @@ _GROUPS_AT_ONCE = {"cpu": 1 << 8, "cuda": 1 << 15}
 """What fits a core's cache, and what keeps a GPU busy."""
 
 
-def add_normal(numbers: Tensor, key: bytes, scale: float) -> None:
+def add_normal(numbers: Tensor, key: bytes, scale: float, first: int = 0) -> None:
     """Adds `scale` times the normal numbers of a key's stream, in place.
 
     The numbers are of double precision, from 53 random bits each, and rounded once, after they were
@@ -38,16 +38,21 @@ def add_normal(numbers: Tensor, key: bytes, scale: float) -> None:
         numbers: Contiguous.
         key: The stream's 32 bytes; never used for another stream.
         scale: The standard deviation.
+        first: Which of the stream's numbers is added to the first, where these are but a part.
     """
-    if kernels.usable(numbers):
-        kernels.add_normal(numbers, key, scale)
+    if not numbers.numel():
         return
-    flat, first = numbers.view(-1), 0
+    if kernels.usable(numbers):
+        kernels.add_normal(numbers, key, scale, first)
+        return
+    flat = numbers.view(-1)
     groups = _GROUPS_AT_ONCE.get(flat.device.type, _GROUPS_AT_ONCE["cpu"])
     for part in flat.split(groups * GROUP):
-        normal = normal_groups(key, first, math.ceil(len(part) / GROUP), flat.device)
+        group, skipped = divmod(first, GROUP)
+        needed = math.ceil((skipped + len(part)) / GROUP)
+        normal = normal_groups(key, group, needed, flat.device)[skipped:]
         part.copy_(part.double() + scale * normal[: len(part)])
-        first += groups
+        first += len(part)
 
 
 def normal_groups(key: bytes, first: int, groups: int, device: torch.device) -> Tensor:

@@ -109,18 +109,20 @@ def _table(
     return table.tobytes(), len(products)
 
 
-def add_normal(numbers: Tensor, key: bytes, scale: float) -> None:
+def add_normal(numbers: Tensor, key: bytes, scale: float, first: int = 0) -> None:
     """Adds `scale` times the normal numbers of a key's stream, in place.
 
     Args:
         numbers: Contiguous.
         key: 32 bytes.
         scale: The standard deviation.
+        first: Which of the stream's numbers is added to the first.
     """
+    assert first >= 0, "a stream begins at 0"
     assert numbers.is_contiguous(), "the stream's order is that of memory"
     assert len(key) == 32, "a stream's key has 32 bytes"
     _function("add_normal", numbers.dtype)(
-        numbers.data_ptr(), numbers.numel(), key, scale, torch.get_num_threads()
+        numbers.data_ptr(), first, numbers.numel(), key, scale, torch.get_num_threads()
     )
 
 
@@ -138,7 +140,7 @@ def library() -> ctypes.CDLL | None:
         norms.argtypes = [pointer, pointer, count, count, pointer, pointer, count, real, pointer]
         norms.argtypes += [threads]
         normal = getattr(loaded, f"dpmoe_add_normal_{suffix}")
-        normal.argtypes = [pointer, count, ctypes.c_char_p, real, threads]
+        normal.argtypes = [pointer, count, count, ctypes.c_char_p, real, threads]
         norms.restype = normal.restype = None
     loaded.dpmoe_products_f32.argtypes = [ctypes.c_char_p, count, threads]
     loaded.dpmoe_products_f32.restype = None
@@ -165,13 +167,15 @@ def _gives_known_answers(loaded: ctypes.CDLL) -> bool:
         *(a.data_ptr(), g.data_ptr(), width, width, start.data_ptr(), length.data_ptr(), 2),
         *(0.0, norms.data_ptr(), 1),
     )
-    normal = torch.zeros(130, dtype=torch.float64)
-    loaded.dpmoe_add_normal_f64(normal.data_ptr(), 130, bytes(range(32)), 1.0, 1)
+    normal, late = torch.zeros(130, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
+    loaded.dpmoe_add_normal_f64(normal.data_ptr(), 0, 130, bytes(range(32)), 1.0, 1)
+    loaded.dpmoe_add_normal_f64(late.data_ptr(), 120, 10, bytes(range(32)), 1.0, 1)
     left, right = a.float(), g.float()
     product = torch.empty(width, width)
     loaded.dpmoe_products_f32(*_table([product], [left.T], [right]), 1)
     return (
         norms.tolist() == _KNOWN_NORMS
+        and torch.equal(late, normal[120:])
         and all(
             math.isclose(float(normal[index]), known, rel_tol=1e-12)
             for index, known in _KNOWN_NORMALS.items()

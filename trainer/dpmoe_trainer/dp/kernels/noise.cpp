@@ -145,27 +145,32 @@ inline void normal_group(const uint32_t* key, uint64_t group, double scale, doub
   }
 }
 
+// The stream's numbers first … first + count - 1, which may begin and end within a group.
 template <typename T>
-void add_normal(T* to, int64_t count, const uint32_t* key, double scale, int threads) {
-  const int64_t groups = (count + kGroup - 1) / kGroup;
+void add_normal(T* to, int64_t first, int64_t count, const uint32_t* key, double scale,
+                int threads) {
+  const int64_t end = first + count, groups = (end + kGroup - 1) / kGroup;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t group = 0; group < groups; group++) {
+  for (int64_t group = first / kGroup; group < groups; group++) {
     double normal[kGroup];
     normal_group(key, group, scale, normal);
-    T* at = to + group * kGroup;
-    const int64_t size = std::min(kGroup, count - group * kGroup);
-    for (int64_t i = 0; i < size; i++) at[i] = (T)((double)at[i] + normal[i]);
+    const int64_t begin = group * kGroup;
+    const int64_t from = std::max(first, begin), until = std::min(end, begin + kGroup);
+    for (int64_t i = from; i < until; i++) {
+      T& at = to[i - first];
+      at = (T)((double)at + normal[i - begin]);
+    }
   }
 }
 
 }  // namespace
 
-extern "C" void dpmoe_add_normal_f32(float* to, int64_t count, const uint32_t* key, double scale,
-                                     int threads) {
-  add_normal(to, count, key, scale, threads);
+extern "C" void dpmoe_add_normal_f32(float* to, int64_t first, int64_t count, const uint32_t* key,
+                                     double scale, int threads) {
+  add_normal(to, first, count, key, scale, threads);
 }
 
-extern "C" void dpmoe_add_normal_f64(double* to, int64_t count, const uint32_t* key, double scale,
-                                     int threads) {
-  add_normal(to, count, key, scale, threads);
+extern "C" void dpmoe_add_normal_f64(double* to, int64_t first, int64_t count, const uint32_t* key,
+                                     double scale, int threads) {
+  add_normal(to, first, count, key, scale, threads);
 }

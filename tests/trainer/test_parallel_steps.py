@@ -17,9 +17,11 @@ from dpmoe_trainer.dp.noise import NoiseKey, add_noise
 from dpmoe_trainer.dp.sampling import poisson_draw
 from dpmoe_trainer.evaluate import evaluate
 from dpmoe_trainer.methods.dp_sgd import Updater, sum_clipped
+from dpmoe_trainer.parallel.dense import gather_dense, offsets, shard_dense
 from dpmoe_trainer.parallel.ranks import ALONE
 from dpmoe_trainer.parallel.shards import gather_experts, shard_experts, sharded_parameters
 
+FSDP = {"FSDP 2": (2, 1), "FSDP 2 x EP 2": (4, 2), "FSDP x EP 2": (2, 2)}
 SIGMA, CLIP, EXPECTED, STEPS = 0.8, 0.4, 6.0, 3
 SINGLES = [(row,) for row in range(14)]
 USERS = [(0, 1, 2), (3,), (4, 5), (6,), (7,), (8, 9, 10, 11, 12), (13,)]
@@ -31,11 +33,13 @@ def some_rows() -> Rows:
     return Rows(tokens, None, 0, CPU)
 
 
-def steps(ranks, model, units, optimizer, clipping, released):
+def steps(ranks, model, units, optimizer, clipping, released, dense=False):
     """A run's loop, and its model as one process holds it."""
     model, key = copy.deepcopy(model), NoiseKey(bytes(range(32)))
     balancing = ReleasedLoad(model, CLIP, EXPECTED, 0.1, "loss") if released else None
     shard_experts(model, ranks)
+    if dense:
+        shard_dense(model, ranks)
     plan = OptimizerPlan(name=optimizer, learning_rate=0.05, weight_decay=0.1)
     updater = Updater(model, plan, STEPS, EXPECTED, SIGMA * CLIP)
     firsts = {name: shard.first for name, shard in sharded_parameters(model).items()}
@@ -52,11 +56,12 @@ def steps(ranks, model, units, optimizer, clipping, released):
             balancing=None if balancing is None else balancing.loss,
             ranks=ranks,
         )
-        noised = add_noise(clipped, SIGMA, CLIP, key, step, firsts)
+        noised = add_noise(clipped, SIGMA, CLIP, key, step, firsts, offsets(model))
         if balancing is not None:
             balancing.take(noised)
         updater.update(noised)
     scores = evaluate(model, some_rows(), 4, ranks)
+    gather_dense(model, keep=True)
     gather_experts(model, keep=True)
     return {name: value.detach() for name, value in model.state_dict().items()}, scores
 
@@ -65,8 +70,8 @@ def check(layout, units, optimizer="adamw", clipping=FLAT, released=False, famil
     model = build(family)
     arguments = (model, units, optimizer, clipping, released)
     expected, scores = steps(ALONE, *arguments)
-    world, experts = LAYOUTS[layout]
-    found = run_ranks(world, steps, *arguments, experts=experts)
+    world, experts = (LAYOUTS | FSDP)[layout]
+    found = run_ranks(world, steps, *arguments, layout in FSDP, experts=experts)
     for state, others in found:
         assert state.keys() == expected.keys()
         for name, value in state.items():
@@ -80,7 +85,7 @@ def check(layout, units, optimizer="adamw", clipping=FLAT, released=False, famil
     assert any(not torch.equal(value, start[name]) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS | FSDP)
 @pytest.mark.parametrize("units", [SINGLES, USERS], ids=["rows", "users"])
 def test_layouts_make_the_same_model(layout, units):
     check(layout, units)

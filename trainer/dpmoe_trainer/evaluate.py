@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 
 from dpmoe_trainer.contract import Evaluation
 from dpmoe_trainer.data.rows import Batch, Rows
-from dpmoe_trainer.dp.engine import predict
+from dpmoe_trainer.dp.engine import in_lockstep, predict
 from dpmoe_trainer.dp.losses import IGNORED
 from dpmoe_trainer.dp.sampling import lockstep_batches
 from dpmoe_trainer.parallel.collectives import sum_in_place
 from dpmoe_trainer.parallel.ranks import ALONE, Ranks
-from dpmoe_trainer.parallel.shards import model_shard
 
 
 @torch.no_grad()
@@ -42,7 +41,7 @@ def evaluate(
     for group in lockstep_batches(units, ranks.world, physical_batch, rows.sizes):
         for batch in rows.batches(group.of(ranks.rank)):
             beat()
-            if batch is None and model_shard(model) is None:
+            if batch is None and not in_lockstep(model):
                 continue
             given = rows.empty() if batch is None else batch
             logits, labels = _scored(predict(model, given), given)

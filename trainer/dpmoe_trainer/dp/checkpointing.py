@@ -115,7 +115,15 @@ class Recomputed(Clippable):
         """Takes the outputs' gradients, adds the layer's norms; returns the inputs' gradients."""
         self._gradients = gradients
         self._tape.fired.append(self)
-        return self._again(self._tape.add_norms)
+        names: set[str] = set()
+
+        def receive(use: Use) -> None:
+            names.update(use.names)
+            self._tape.add_norms(use)
+
+        inputs = self._again(receive)
+        self.names = tuple(names)
+        return inputs
 
     def clipped(self, factors: ClipFactors) -> dict[str, Tensor]:
         """The sums of all uses in the layer."""

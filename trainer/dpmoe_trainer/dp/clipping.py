@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -178,6 +178,7 @@ def clip_gradient(
     clipping_norm: float,
     clipping: Clipping,
     shards: Mapping[str, Shard] | None = None,
+    dense: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], bool]:
     """One formed gradient, clipped, such as that of a user with several rows.
 
@@ -187,6 +188,7 @@ def clip_gradient(
         clipping: How.
         shards: Of the parameters of which other ranks hold the other experts, by name; these ranks
             all come here with the same gradient.
+        dense: The parameters of which all ranks hold some rows each, by name; likewise.
 
     Returns:
         The clipped gradient, exactly zero if the gradient is not finite; and whether it is.
@@ -194,13 +196,15 @@ def clip_gradient(
     groups = clipping.groups(gradient)
     # In double precision: float32 loses the small among many squares, and would clip too little.
     squares = torch.zeros(1, len(groups.shares), dtype=torch.float64)
-    in_shards = torch.zeros_like(squares)
+    in_shards, in_rows = torch.zeros_like(squares), torch.zeros_like(squares)
     for name, part in gradient.items():
-        total = in_shards if shards and name in shards else squares
+        total = in_shards if shards and name in shards else in_rows if name in dense else squares
         total[0, groups.of[name]] += part.double().pow(2).sum().cpu()
     if shards:
         sum_in_place(in_shards, next(iter(shards.values())).group)
-        squares += in_shards
+    if dense:
+        sum_in_place(in_rows)
+    squares += in_shards + in_rows
     if not squares.isfinite().all():
         return {name: torch.zeros_like(part) for name, part in gradient.items()}, False
     factors = clip_factors(squares.sqrt(), clipping_norm, clipping, groups)[0].tolist()

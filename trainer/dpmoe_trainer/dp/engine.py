@@ -16,6 +16,7 @@ What holds:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,7 +36,8 @@ from dpmoe_trainer.dp.tape import Tape
 from dpmoe_trainer.dp.uses import ClipFactors, add_sums, wide
 from dpmoe_trainer.dp.watch import watching
 from dpmoe_trainer.parallel.company import Company
-from dpmoe_trainer.parallel.shards import Shard, model_shard
+from dpmoe_trainer.parallel.dense import DenseShard, dense_shards, let_go, trained_wholes
+from dpmoe_trainer.parallel.shards import model_shard
 from dpmoe_trainer.parallel.stand_in import needs_stand_in, with_stand_in
 
 _INPUTS = ("input_ids", "hidden_states")
@@ -112,11 +114,10 @@ def measure(model: nn.Module, batch: Batch, options: Options) -> Measured:
     refuse_coupled(model)
     samples, device = _size(batch)
     trained = _trained(model)
-    shard = model_shard(model)
-    if samples == 0 and shard is None:
-        return _nothing(trained, options, device)
-    if shard is not None:
-        return _clip_together(model, trained, batch, options, shard)
+    if in_lockstep(model):
+        return _clip_together(model, trained, batch, options)
+    if samples == 0:
+        return _nothing(model, trained, options, device)
     if samples > 1 and _takes_one_sample(model):
         return _in_halves(model, batch, options)
     try:
@@ -131,34 +132,54 @@ def measure(model: nn.Module, batch: Batch, options: Options) -> Measured:
     return Measured(rest.sums, norms, measured.losses)
 
 
+def in_lockstep(model: nn.Module) -> bool:
+    """Whether ranks share the model, so that they must go through it together, samples or none."""
+    return model_shard(model) is not None or bool(dense_shards(model))
+
+
 @torch.no_grad()
 def predict(model: nn.Module, batch: Batch) -> Tensor:
-    """A model's outputs for a batch, also where ranks share its experts.
+    """A model's outputs for a batch, also where ranks share it.
 
     Args:
         model: As `clipped_sum` takes it.
-        batch: Likewise; labels are left aside. Ranks that share experts all come here together,
+        batch: Likewise; labels are left aside. Ranks that share the model all come here together,
             also with a batch of no rows.
 
     Returns:
         The logits, [B, …].
     """
-    shard = model_shard(model)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     with evaluating(model):
-        if shard is None:
+        if not in_lockstep(model):
             return model(**inputs).logits
-        rows, device = _size(batch)
+        rows, _ = _size(batch)
         stand_in = rows == 0
-        company = Company.of(rows + stand_in, stand_in, shard.place, shard.group, device)
+        company = _company(model, batch, stand_in)
         inputs = with_stand_in(inputs, stand_in)
         tape = Tape({}, list(inputs.values()), Groups({}, (1.0,)), company)
         with own_parts(model, tape), tape.running():
-            return model(**inputs).logits[:rows]
+            logits = model(**inputs).logits[:rows]
+        let_go(model)
+        return logits
 
 
-def _nothing(trained: dict[str, nn.Parameter], options: Options, device: torch.device) -> Measured:
-    zeros = {name: _zeros(parameter) for name, parameter in trained.items()}
+def _company(model: nn.Module, batch: Batch, stand_in: bool) -> Company:
+    """The ranks that share the experts; all ranks, where only what is no expert is shared."""
+    rows, device = _size(batch)
+    shard, dense = model_shard(model), dense_shards(model)
+    place, group = (shard.place, shard.group) if shard is not None else (torch.distributed.get_rank(), None)
+    return Company.of(rows + stand_in, stand_in, place, group, device, lockstep=bool(dense))
+
+
+def _nothing(
+    model: nn.Module, trained: dict[str, nn.Parameter], options: Options, device: torch.device
+) -> Measured:
+    shards = dense_shards(model)
+    zeros = {
+        name: _zeros(shards[name].held if name in shards else parameter)
+        for name, parameter in trained.items()
+    }
     if options.loads is not None:
         zeros |= options.loads.zeros(device)
     none = torch.zeros(0, dtype=torch.float64, device=device)
@@ -170,9 +191,8 @@ def _clip_together(
     trained: dict[str, nn.Parameter],
     batch: Batch,
     options: Options,
-    shard: Shard,
 ) -> Measured:
-    """`measure` where ranks share the experts: all of them come here together.
+    """`measure` where ranks share the model: all of them come here together.
 
     What they decide on the way (whether there is anything to compute, or a sample to leave out)
     depends on what all of them know, so they go the same way.
@@ -180,14 +200,15 @@ def _clip_together(
     if _takes_one_sample(model):
         raise NotPerSample(
             "the model classifies by a row's last token and has no padding token, so it takes one "
-            "row at a time: set pad_token_id in its configuration, or expertParallel to 1"
+            "row at a time: set pad_token_id in its configuration, or expertParallel to 1 and "
+            "shardDense to false"
         )
     rows, device = _size(batch)
     stand_in = needs_stand_in(batch)
-    company = Company.of(rows + stand_in, stand_in, shard.place, shard.group, device)
+    company = _company(model, batch, stand_in)
     real = company.real(device)
-    if not real.any():
-        return _nothing(trained, options, device)
+    if not company.anywhere(real.any()):
+        return _nothing(model, trained, options, device)
     measured = _clip(model, trained, with_stand_in(batch, stand_in), options, company)
     finite = measured.norms.isfinite()
     if not finite[~real].all() and finite[real].all():
@@ -195,7 +216,7 @@ def _clip_together(
             "the model's gradient at a row of zeros is not finite: check its weights"
         )
     own, losses = measured.norms[company.own][:rows], measured.losses[:rows]
-    if finite.all():
+    if measured.sums:
         return Measured(measured.sums, own, losses)
     kept = own.isfinite()
     rest = measure(model, {key: value[kept] for key, value in batch.items()}, options)
@@ -229,7 +250,8 @@ def _clip(
             losses = losses.detach().double()
             norms_BG = tape.norms()
             norms = torch.linalg.vector_norm(norms_BG, dim=1)
-            if not norms.isfinite().all():
+            bad = ~norms.isfinite().all()
+            if bad if company is None else company.anywhere(bad):
                 return Measured({}, norms, losses)
             factors_BG = clip_factors(norms_BG, options.clipping_norm, options.clipping, groups)
             own = slice(None)
@@ -237,7 +259,8 @@ def _clip(
             if company is not None:
                 own, real = company.own, company.real(tape.device)
                 factors_BG[~real] = 0
-            sums = _book_kept(trained, tape, ClipFactors(factors_BG[own], factors_BG))
+            factors = ClipFactors(factors_BG[own], factors_BG)
+            sums = _book_kept(trained, tape, factors, dense_shards(model))
     return Measured(sums | routes.sums(real[own]), norms, losses)
 
 
@@ -266,17 +289,37 @@ def _takes_one_sample(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _book_kept(
-    trained: dict[str, nn.Parameter], tape: Tape, factors: ClipFactors
+    trained: dict[str, nn.Parameter],
+    tape: Tape,
+    factors: ClipFactors,
+    shards: Mapping[str, DenseShard],
 ) -> dict[str, Tensor]:
-    """Forms each weight gradient once, dropping what it is formed from on the way."""
+    """Forms each weight gradient once, dropping what it is formed from on the way.
+
+    Where a rank holds but some rows of a parameter, it keeps theirs of the sum over all ranks.
+    """
     formed: dict[str, Tensor] = {}
+    summed: dict[str, Tensor] = {}
+    left = Counter(name for fired in tape.fired for name in fired.names)
+    # Ranks sum together, so in an order that does not depend on which uses received gradients.
+    # A parameter with several uses is complete late, and would hold up the others.
+    waiting = sorted((name for name in trained if name in shards), key=tape.is_tied)
+
+    def complete(name: str) -> Tensor:
+        # A use whose output did not reach the loss received no gradient: its parameters' is zero.
+        if name not in formed:
+            return _zeros(trained[name])
+        return _widened(formed.pop(name), trained[name])
+
     while tape.fired:
-        add_sums(formed, tape.fired.pop().clipped(factors))
-    # A use whose output did not reach the loss received no gradient: its parameters' is zero.
-    return {
-        name: _widened(formed[name], parameter) if name in formed else _zeros(parameter)
-        for name, parameter in trained.items()
-    }
+        fired = tape.fired.pop()
+        add_sums(formed, fired.clipped(factors))
+        left.subtract(fired.names)
+        while waiting and not left[waiting[0]]:
+            name = waiting.pop(0)
+            summed[name] = shards[name].summed(complete(name))
+    summed |= {name: shards[name].summed(complete(name)) for name in waiting}
+    return {name: summed[name] if name in summed else complete(name) for name in trained}
 
 
 def _widened(total: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -284,7 +327,7 @@ def _widened(total: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = trained_wholes(model)
     if not trained:
         raise NotPerSample("no parameter of the model requires a gradient: select what to train")
     return trained

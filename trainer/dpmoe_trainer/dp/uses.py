@@ -43,7 +43,13 @@ class ClipFactors(NamedTuple):
 
 
 class Clippable(ABC):
-    """Something that the backward pass met, and that has clipped sums to give afterwards."""
+    """Something that the backward pass met, and that has clipped sums to give afterwards.
+
+    Attributes:
+        names: The trained parameters that it has sums of.
+    """
+
+    names: tuple[str, ...]
 
     @abstractmethod
     def clipped(self, factors: ClipFactors) -> dict[str, Tensor]:
@@ -54,13 +60,11 @@ class Use(Clippable):
     """One use of trained parameters, from its output's gradient to its clipped gradient sum.
 
     Attributes:
-        names: The trained parameters that it uses.
         group: Their clipping group.
         of_company: Whether its rows are of the samples of all ranks that share the experts.
         gradient: The loss gradient of its output, once the backward pass has reached it.
     """
 
-    names: tuple[str, ...]
     group: int = 0
     of_company: bool = False
     gradient: Tensor

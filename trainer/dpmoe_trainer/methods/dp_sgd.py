@@ -7,7 +7,7 @@ wrote (McMahan et al. 2018, "Learning Differentially Private Recurrent Language 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from dpmoe_trainer.dp.clipping import FLAT, Clipping, clip_gradient
 from dpmoe_trainer.dp.routes import BalancingLoss, LoadQuery
 from dpmoe_trainer.dp.sampling import Group, lockstep_batches
 from dpmoe_trainer.methods.adam_bc import AdamBC
+from dpmoe_trainer.parallel.dense import dense_shards, trained_here
 from dpmoe_trainer.parallel.ranks import ALONE, Ranks
 from dpmoe_trainer.parallel.shards import Shard, sharded_parameters
 from dpmoe_trainer.parallel.sums import counted_once, sum_over_ranks
@@ -61,14 +62,14 @@ def sum_clipped(
         ranks: who computes the logical batch; each gives the same units and gets the same sum, of
             the parameters that it holds.
     """
-    shards = sharded_parameters(model)
+    shards, dense = sharded_parameters(model), dense_shards(model)
     total: Gradients = {}
 
     def sums(group: Group, bound: float, way: Clipping) -> Gradients:
         """This rank's part of a group's sum."""
         part: Gradients = {}
         for batch in rows.batches(group.of(ranks.rank)):
-            if batch is None and not shards:
+            if batch is None and not (shards or dense):
                 continue
             given = rows.empty() if batch is None else batch
             _add(
@@ -80,17 +81,17 @@ def sum_clipped(
     for group in lockstep_batches(units, ranks.world, physical_batch, rows.sizes):
         if group.unit_rows > 1:
             part = _complete(sums(group, math.inf, FLAT), model, loads)
-            mean = _divided(sum_over_ranks(part, shards, ranks), group.unit_rows)
-            clipped = _clipped(mean, clipping_norm, clipping, loads, shards)
-            _add(total, counted_once(clipped, shards, ranks))
+            mean = _divided(sum_over_ranks(part, shards, ranks, dense), group.unit_rows)
+            clipped = _clipped(mean, clipping_norm, clipping, loads, shards, dense)
+            _add(total, counted_once(clipped, shards, ranks, dense))
         else:
             _add(total, sums(group, clipping_norm, clipping))
-    return sum_over_ranks(_complete(total, model, loads), shards, ranks)
+    return sum_over_ranks(_complete(total, model, loads), shards, ranks, dense)
 
 
 def _complete(total: Gradients, model: nn.Module, loads: LoadQuery | None) -> Gradients:
     """The sums, with zeros for what no batch had a part in."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = trained_here(model)
     if all(name in total for name in trained):
         return total
     device = next(iter(trained.values())).device
@@ -118,10 +119,11 @@ def _clipped(
     clipping: Clipping,
     loads: LoadQuery | None,
     shards: Mapping[str, Shard],
+    dense: Collection[str],
 ) -> Gradients:
     """A user's gradient clipped, and its load as it is; zeros if the gradient is not finite."""
     load = {name: mean.pop(name) for name in (loads.experts if loads else ())}
-    clipped, finite = clip_gradient(mean, clipping_norm, clipping, shards)
+    clipped, finite = clip_gradient(mean, clipping_norm, clipping, shards, dense)
     return clipped | (load if finite else {n: torch.zeros_like(part) for n, part in load.items()})
 
 
@@ -156,11 +158,7 @@ class Updater:
         expected_batch: float,
         noise: float = 0.0,
     ) -> None:
-        self._trained = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
+        self._trained = trained_here(model)
         self._expected_batch = expected_batch
         self._optimizer = _optimizer(list(self._trained.values()), plan, noise / expected_batch)
         self._factor = lambda step: learning_rate_factor(step, plan.warmup_steps, steps)

@@ -58,6 +58,21 @@ def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     return found
 
 
+def sum_and_scatter(rows: Tensor) -> Tensor:
+    """Of Σ over all ranks, this rank's block of rows; all blocks are equal."""
+    own = rows.new_empty(rows.shape[0] // dist.get_world_size(), *rows.shape[1:])
+    with listening("a sum over the ranks"):
+        dist.reduce_scatter_tensor(own, rows.contiguous())
+    return own
+
+
+def true_anywhere(condition: Tensor) -> bool:
+    """Whether a condition, a tensor of one element, holds on any rank."""
+    count = condition.to(torch.int32)
+    sum_in_place(count)
+    return bool(count)
+
+
 def tell(content: Any) -> Any:
     """What rank 0 has to say, on every rank; the others' own is ignored."""
     box = [content]

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dpmoe_trainer.parallel.collectives import Group, gather_numbers, sum_in_place
+from dpmoe_trainer.parallel.collectives import Group, gather_numbers, sum_in_place, true_anywhere
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,24 @@ class Company:
         stand_ins: how many of a rank's rows stand in; they are its last.
         place: this rank's place among them.
         group: the ranks.
+        lockstep: whether all ranks of the world go through the model together, not only these.
     """
 
     counts: tuple[int, ...]
     stand_ins: tuple[int, ...]
     place: int
     group: Group
+    lockstep: bool = False
 
     @classmethod
     def of(
-        cls, rows: int, stand_in: bool, place: int, group: Group, device: torch.device
+        cls,
+        rows: int,
+        stand_in: bool,
+        place: int,
+        group: Group,
+        device: torch.device,
+        lockstep: bool = False,
     ) -> Company:
         """Hears how many rows each rank has."""
         numbers = gather_numbers(2 * rows + stand_in, device, group)
@@ -43,7 +51,15 @@ class Company:
             tuple(number % 2 for number in numbers),
             place,
             group,
+            lockstep,
         )
+
+    def anywhere(self, condition: Tensor) -> bool:
+        """Whether a condition on the company's samples holds in any company that is in lockstep.
+
+        What ranks do next may depend on this, and not on the condition alone.
+        """
+        return true_anywhere(condition) if self.lockstep else bool(condition)
 
     def real(self, device: torch.device) -> Tensor:
         """Which rows are samples, [samples]."""

@@ -27,6 +27,7 @@ from dpmoe_trainer.dp.rules import RULES
 from dpmoe_trainer.dp.tape import Kept, Tape
 from dpmoe_trainer.dp.uses import ClipFactors, Clippable, Use, add_sums
 from dpmoe_trainer.dp.watch import watching
+from dpmoe_trainer.parallel.dense import gathered
 
 
 @contextmanager
@@ -70,7 +71,7 @@ def _checkpointed(tape: Tape, layer: nn.Module, run: partial[Any], *args: Any) -
         recomputed.form = form
         return tuple(_of_every_sample(Tape.active(), output) for output in outputs)
 
-    recomputed = Recomputed(tape, compute)
+    recomputed = Recomputed(tape, layer, compute)
     # Without an input that needs a gradient, autograd would not ask for any.
     anchor = torch.ones((), requires_grad=True)
     inputs = [given[place] for place in places]
@@ -86,6 +87,13 @@ def _of_every_sample(tape: Tape, leaf: Any) -> Any:
     return leaf if shared is None else shared.batched()
 
 
+def _of_its_own(output: Any) -> Any:
+    """The same numbers, but no view: a view that is changed in place loses the hooks on it."""
+    if isinstance(output, Tensor) and output._is_view():
+        return torch.ops.aten._unsafe_view(output, output.shape)
+    return output
+
+
 def _is_differentiable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
@@ -95,8 +103,11 @@ class Recomputed(Clippable):
 
     form: Any
 
-    def __init__(self, tape: Tape, compute: Callable[..., tuple[Any, ...]]) -> None:
+    def __init__(
+        self, tape: Tape, layer: nn.Module, compute: Callable[..., tuple[Any, ...]]
+    ) -> None:
         self._tape = tape
+        self._layer = layer
         self._compute = compute
         self._choices: list[Tensor] = []
         self._inputs: list[Kept] = []
@@ -109,7 +120,8 @@ class Recomputed(Clippable):
         self._autocast = _autocast_of(device)
         self._random = _random_state(device)
         with _Choices(self._choices, repeat=False):
-            return self._compute(*(value.detach() for value in inputs))
+            outputs = self._compute(*(value.detach() for value in inputs))
+        return tuple(_of_its_own(output) for output in outputs)
 
     def add_norms(self, gradients: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """Takes the outputs' gradients, adds the layer's norms; returns the inputs' gradients."""
@@ -132,7 +144,8 @@ class Recomputed(Clippable):
         def receive(use: Use) -> None:
             add_sums(total, use.clipped(factors))
 
-        self._again(receive)
+        with gathered(self._layer):
+            self._again(receive)
         return total
 
     def _again(self, receive: Callable[[Use], None]) -> list[Tensor | None]:

@@ -38,7 +38,7 @@ from dpmoe_trainer.dp.watch import watching
 from dpmoe_trainer.parallel.company import Company
 from dpmoe_trainer.parallel.dense import DenseShard, dense_shards, let_go, trained_wholes
 from dpmoe_trainer.parallel.shards import model_shard
-from dpmoe_trainer.parallel.stand_in import needs_stand_in, with_stand_in
+from dpmoe_trainer.parallel.stand_in import stand_ins, with_stand_ins
 
 _INPUTS = ("input_ids", "hidden_states")
 """Where a batch carries its tokens: as ids, or as a frozen lower part's outputs."""
@@ -154,9 +154,9 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
         if not in_lockstep(model):
             return model(**inputs).logits
         rows, _ = _size(batch)
-        stand_in = rows == 0
-        company = _company(model, batch, stand_in)
-        inputs = with_stand_in(inputs, stand_in)
+        more = int(rows == 0)
+        company = _company(model, batch, more)
+        inputs = with_stand_ins(inputs, more)
         tape = Tape({}, list(inputs.values()), Groups({}, (1.0,)), company)
         with own_parts(model, tape), tape.running():
             logits = model(**inputs).logits[:rows]
@@ -164,12 +164,14 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
         return logits
 
 
-def _company(model: nn.Module, batch: Batch, stand_in: bool) -> Company:
+def _company(model: nn.Module, batch: Batch, more: int) -> Company:
     """The ranks that share the experts; all ranks, where only what is no expert is shared."""
     rows, device = _size(batch)
     shard, dense = model_shard(model), dense_shards(model)
-    place, group = (shard.place, shard.group) if shard is not None else (torch.distributed.get_rank(), None)
-    return Company.of(rows + stand_in, stand_in, place, group, device, lockstep=bool(dense))
+    place, group = (
+        (shard.place, shard.group) if shard is not None else (torch.distributed.get_rank(), None)
+    )
+    return Company.of(rows + more, more, place, group, device, lockstep=bool(dense))
 
 
 def _nothing(
@@ -204,12 +206,12 @@ def _clip_together(
             "shardDense to false"
         )
     rows, device = _size(batch)
-    stand_in = needs_stand_in(batch)
-    company = _company(model, batch, stand_in)
+    more = stand_ins(batch)
+    company = _company(model, batch, more)
     real = company.real(device)
     if not company.anywhere(real.any()):
         return _nothing(model, trained, options, device)
-    measured = _clip(model, trained, with_stand_in(batch, stand_in), options, company)
+    measured = _clip(model, trained, with_stand_ins(batch, more), options, company)
     finite = measured.norms.isfinite()
     if not finite[~real].all() and finite[real].all():
         raise NotPerSample(

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from dpmoe_trainer.parallel.collectives import Group, gather_numbers, sum_in_place, true_anywhere
 
+_MOST = 16
+"""More than the rows that stand in on one rank."""
+
 
 @dataclass(frozen=True)
 class Company:
@@ -38,17 +41,18 @@ class Company:
     def of(
         cls,
         rows: int,
-        stand_in: bool,
+        stand_ins: int,
         place: int,
         group: Group,
         device: torch.device,
         lockstep: bool = False,
     ) -> Company:
-        """Hears how many rows each rank has."""
-        numbers = gather_numbers(2 * rows + stand_in, device, group)
+        """Hears how many rows each rank has, those that stand in included."""
+        assert stand_ins < _MOST, "a batch has few different lengths"
+        numbers = gather_numbers(_MOST * rows + stand_ins, device, group)
         return cls(
-            tuple(number // 2 for number in numbers),
-            tuple(number % 2 for number in numbers),
+            tuple(number // _MOST for number in numbers),
+            tuple(number % _MOST for number in numbers),
             place,
             group,
             lockstep,

@@ -12,6 +12,7 @@ Rows are cut along the first dimension into equal chunks, the last of which may 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -142,6 +143,19 @@ def shard_dense(model: nn.Module, ranks: Ranks) -> None:
     setattr(model, _ATTRIBUTE, _Dense(shards, kinds))
 
 
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Has a block's parameters at hand outside of a forward and a backward pass."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
 def let_go(model: nn.Module) -> None:
     """Frees what a forward pass without a backward pass gathered."""
     if isinstance(model, FSDPModule):
@@ -206,9 +220,7 @@ def _of_experts(model: nn.Module) -> set[nn.Parameter]:
     }
 
 
-def _check(
-    model: nn.Module, blocks: list[nn.Module], experts: Collection[nn.Parameter]
-) -> None:
+def _check(model: nn.Module, blocks: list[nn.Module], experts: Collection[nn.Parameter]) -> None:
     """Refuses by name what `fully_shard` cannot cut, or would fail at in the first step."""
     units: dict[nn.Parameter, set[int]] = {}
     for index, block in enumerate(blocks):

@@ -21,7 +21,9 @@ from dpmoe_trainer.parallel.dense import gather_dense, offsets, shard_dense
 from dpmoe_trainer.parallel.ranks import ALONE
 from dpmoe_trainer.parallel.shards import gather_experts, shard_experts, sharded_parameters
 
-FSDP = {"FSDP 2": (2, 1), "FSDP 2 x EP 2": (4, 2), "FSDP x EP 2": (2, 2)}
+FSDP = {"FSDP 2": (2, 1), "FSDP 2, EP 2": (2, 2), "FSDP 4, EP 2": (4, 2)}
+"""The same, where what is no expert is spread over all ranks of the world."""
+
 SIGMA, CLIP, EXPECTED, STEPS = 0.8, 0.4, 6.0, 3
 SINGLES = [(row,) for row in range(14)]
 USERS = [(0, 1, 2), (3,), (4, 5), (6,), (7,), (8, 9, 10, 11, 12), (13,)]
@@ -33,7 +35,7 @@ def some_rows() -> Rows:
     return Rows(tokens, None, 0, CPU)
 
 
-def steps(ranks, model, units, optimizer, clipping, released, dense=False):
+def steps(ranks, model, units, optimizer, clipping, released, dense):
     """A run's loop, and its model as one process holds it."""
     model, key = copy.deepcopy(model), NoiseKey(bytes(range(32)))
     balancing = ReleasedLoad(model, CLIP, EXPECTED, 0.1, "loss") if released else None
@@ -69,7 +71,7 @@ def steps(ranks, model, units, optimizer, clipping, released, dense=False):
 def check(layout, units, optimizer="adamw", clipping=FLAT, released=False, family="mixtral-lm"):
     model = build(family)
     arguments = (model, units, optimizer, clipping, released)
-    expected, scores = steps(ALONE, *arguments)
+    expected, scores = steps(ALONE, *arguments, False)
     world, experts = (LAYOUTS | FSDP)[layout]
     found = run_ranks(world, steps, *arguments, layout in FSDP, experts=experts)
     for state, others in found:
@@ -91,19 +93,39 @@ def test_layouts_make_the_same_model(layout, units):
     check(layout, units)
 
 
+SHARED = ["DP 2 x EP 2", "FSDP 4, EP 2"]
+
+
+@pytest.mark.parametrize("layout", SHARED)
 @pytest.mark.parametrize("optimizer", ["sgd", "adambc"])
-def test_optimisers(optimizer):
-    check("DP 2 x EP 2", SINGLES, optimizer=optimizer)
+def test_optimisers(optimizer, layout):
+    check(layout, SINGLES, optimizer=optimizer)
 
 
-def test_users_with_a_threshold_for_each_block_of_layers():
-    check("DP 2 x EP 2", USERS, clipping=PerGroup())
+@pytest.mark.parametrize("layout", SHARED)
+def test_users_with_a_threshold_for_each_block_of_layers(layout):
+    check(layout, USERS, clipping=PerGroup())
 
 
+@pytest.mark.parametrize("layout", SHARED)
 @pytest.mark.parametrize("units", [SINGLES, USERS], ids=["rows", "users"])
-def test_released_loads(units):
-    check("DP 2 x EP 2", units, released=True)
+def test_released_loads(units, layout):
+    check(layout, units, released=True)
 
 
-def test_biases_and_transposed_weights():
-    check("EP 4", SINGLES, family="gpt-oss-lm")
+@pytest.mark.parametrize("layout", ["EP 4", "FSDP 4, EP 2"])
+def test_biases_and_transposed_weights(layout):
+    check(layout, SINGLES, family="gpt-oss-lm")
+
+
+@pytest.mark.parametrize("layout", SHARED)
+def test_a_table_that_is_also_the_head(layout):
+    check(layout, USERS, family="mixtral-tied")
+
+
+def test_adapters_on_experts_that_every_rank_holds():
+    check("FSDP 2", SINGLES, family="mixtral-lora")
+
+
+def test_a_parameter_with_fewer_rows_than_ranks():
+    check("FSDP 4, EP 2", SINGLES, family="qwen2-lm")

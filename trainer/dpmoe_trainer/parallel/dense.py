@@ -171,7 +171,8 @@ def gather_dense(model: nn.Module, keep: bool) -> None:
     dense: _Dense | None = getattr(model, _ATTRIBUTE, None)
     if dense is None:
         return
-    let_go(model)
+    for unit in dense.kinds:
+        unit.reshard()  # type: ignore[operator]
     places = _places(model)
     for name, shard in dense.shards.items():
         rows = shard.gathered()

@@ -15,6 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from dpmoe_trainer.dp import clipped_sum, engine, tape
 from dpmoe_trainer.dp.balancing import ReleasedLoad, SequenceBalancing
 from dpmoe_trainer.dp.clipping import Automatic, PerGroup
+from dpmoe_trainer.errors import PeerLost
 from dpmoe_trainer.parallel.dense import (
     DenseShard,
     dense_shards,
@@ -230,6 +231,38 @@ def test_no_rank_holds_more_than_its_share_and_the_blocks_at_work(tied, checkpoi
         assert after == 0
         assert all(size <= share for size in held)
     assert share + 2 * block + root < sum(dense.values())
+
+
+# A rank that is gone.
+
+
+def one_leaves(ranks, model, batch, where):
+    """Rank 1 leaves at its first use of a block, rank 0 waits for it there."""
+    model = sharded(model, ranks)
+    layer = model.model.layers[1].mlp.gate
+    if not ranks.first and where == "forward":
+        layer.register_forward_pre_hook(leave)
+    elif not ranks.first:
+        tape.Tape.add_norms = leave
+    try:
+        clipped_sum(model, batch, 0.5)
+    except (Left, PeerLost) as error:
+        return type(error).__name__
+
+
+class Left(Exception):
+    """This rank has had enough."""
+
+
+def leave(*_):
+    raise Left
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_rank_that_is_gone_is_missed_where_parameters_are_gathered(where):
+    model = deep_model(tied=False)
+    found = run_ranks(2, one_leaves, model, make_batch(model, 2, 5), where)
+    assert found == ["PeerLost", "Left"]
 
 
 # The whole model again.

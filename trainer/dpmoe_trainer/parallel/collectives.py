@@ -58,6 +58,27 @@ def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     return found
 
 
+class GatherParameters:
+    """What FSDP2 gathers parameters with, as `FSDPModule.set_custom_all_gather` takes it."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: Group = None,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """The ranks' equal blocks, one after the other, into the output."""
+        with listening("a gathering of parameters"):
+            return dist.all_gather_into_tensor(
+                output_tensor, input_tensor, group=group, async_op=async_op
+            )
+
+
 def sum_and_scatter(rows: Tensor) -> Tensor:
     """Of Σ over all ranks, this rank's block of rows; all blocks are equal."""
     own = rows.new_empty(rows.shape[0] // dist.get_world_size(), *rows.shape[1:])

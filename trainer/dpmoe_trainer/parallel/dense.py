@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpmoe_trainer.parallel.collectives import gather_rows, sum_and_scatter
+from dpmoe_trainer.parallel.collectives import GatherParameters, gather_rows, sum_and_scatter
 from dpmoe_trainer.parallel.ranks import Ranks
 from dpmoe_trainer.parallel.shards import NotShardable
 
@@ -138,7 +138,8 @@ def shard_dense(model: nn.Module, ranks: Ranks) -> None:
     units = [*blocks, model]
     kinds = {unit: type(unit) for unit in units}
     for unit in units:
-        fully_shard(unit, mesh=mesh, ignored_params=experts)
+        sharded: Any = fully_shard(unit, mesh=mesh, ignored_params=experts)
+        sharded.set_custom_all_gather(GatherParameters())
     shards = dict(_shards(model, experts, ranks))
     setattr(model, _ATTRIBUTE, _Dense(shards, kinds))
 

@@ -88,7 +88,7 @@ def test_every_family_with_shared_experts(family, layout):
 
 
 @pytest.mark.parametrize("family", ["dpmoe-bert", "mixtral-tied", "mixtral-lora", "switch"])
-def test_with_gradient_checkpointing(family, recwarn):
+def test_with_gradient_checkpointing(family):
     model = build(family)
     batch = make_batch(model, 6, 5)
     model.gradient_checkpointing_enable()

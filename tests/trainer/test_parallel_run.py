@@ -28,14 +28,17 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def plan_for(make_plan: PlanMaker, volume: Path, workers: int, experts: int) -> dict[str, Any]:
+def plan_for(
+    make_plan: PlanMaker, volume: Path, workers: int, experts: int, dense: bool = False
+) -> dict[str, Any]:
     """Six steps, a checkpoint every second one."""
+    parallel = {"workers": workers, "expertParallel": experts, "shardDense": dense}
     return make_plan(
         privacy__steps=6,
         privacy__epsilon=100.0,
         training__optimizer={"name": "adamw", "learningRate": 0.01, "warmupSteps": 2},
         checkpoint={"path": str(volume), "everySteps": 2},
-        parallel={"workers": workers, "expertParallel": experts, "timeoutSeconds": 60},
+        parallel=parallel | {"timeoutSeconds": 60},
     )
 
 
@@ -143,8 +146,8 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_two_and_with_one(
     world.wait_for_step(volume, 3)
     world.ranks[3].send_signal(signal.SIGKILL)
     assert world.wait()[3] == -signal.SIGKILL
-    for workers, experts in ((2, 2), (1, 1)):
-        world.plan = plan_for(make_plan, volume, workers, experts)
+    for workers, experts, dense in ((2, 2, True), (1, 1, False)):
+        world.plan = plan_for(make_plan, volume, workers, experts, dense)
         world.start()
         if workers == 2:
             world.wait_for_step(volume, 5)

@@ -10,7 +10,7 @@ from os import environ
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpmoe_trainer.contract import ModelPlan, OptimizerName, TrainingPlan
+from dpmoe_trainer.contract import ModelPlan, OptimizerName, ParallelPlan, TrainingPlan
 from dpmoe_trainer.data.rows import Lower
 from dpmoe_trainer.dp import check_model
 from dpmoe_trainer.dp.accounting import AccountingMismatch, check_plan
@@ -112,7 +112,7 @@ def load(plan: TrainingPlan, settings: Settings, device: torch.device) -> Loaded
         model=model,
         tokenizer=tokenizer,
         device=device,
-        lower=_frozen_part(model, spread=plan.parallel.expert_parallel > 1),
+        lower=None if plan.parallel.shard_dense else _frozen_part(model, plan.parallel),
         size=sum(tensor.nbytes for tensor in model.state_dict().values()),
         clipping=clipping,
         balancing=balancing,
@@ -203,7 +203,7 @@ def _check_sizes(
         )
 
 
-def _frozen_part(model: PreTrainedModel, spread: bool) -> Lower | None:
+def _frozen_part(model: PreTrainedModel, parallel: ParallelPlan) -> Lower | None:
     """What may be run for a row alone: no experts that are spread over ranks."""
     if not hasattr(model, "lower"):
         return None
@@ -211,6 +211,6 @@ def _frozen_part(model: PreTrainedModel, spread: bool) -> Lower | None:
         frozen_layers = model.first_trainable_layer
     except ValueError:  # the embeddings are trained
         return None
-    if spread and model.lower_has_experts:
+    if parallel.expert_parallel > 1 and model.lower_has_experts:
         return None
     return model.lower if frozen_layers else None

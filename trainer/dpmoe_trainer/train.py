@@ -10,14 +10,13 @@ Read top to bottom, this is the whole run. What holds:
   loss, no norm, no expert's load, no size of a sample is printed, logged, served or kept.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 
 from torch import nn
 
-from dpmoe_trainer.checkpoint import Shard as StateShard
 from dpmoe_trainer.contract import BlockPlan, DataPlan, Evaluation, TrainingPlan
 from dpmoe_trainer.data.rows import Lower, Rows
 from dpmoe_trainer.data.tables import Table, read_table
@@ -34,13 +33,8 @@ from dpmoe_trainer.methods.dp_sgd import Updater, sum_clipped
 from dpmoe_trainer.models.lora import merged
 from dpmoe_trainer.output import open_target
 from dpmoe_trainer.parallel.ranks import Ranks, meet, part
-from dpmoe_trainer.parallel.shards import (
-    NotShardable,
-    Shard,
-    gather_experts,
-    shard_experts,
-    sharded_parameters,
-)
+from dpmoe_trainer.parallel.shards import NotShardable
+from dpmoe_trainer.parallel.spread import Spread, gather, spread
 from dpmoe_trainer.prepare import LoadedModel, check_mechanism, device_of, load
 from dpmoe_trainer.progress import ProgressBoard
 from dpmoe_trainer.resume import Run
@@ -100,7 +94,7 @@ def train(
     model, balancing = loaded.model, loaded.balancing
     if target is not None:
         target.check_room(loaded.size)
-    shards = spread(model, ranks)
+    here = _spread(model, ranks, plan.parallel.shard_dense)
     run.stop_if_asked()
 
     vocabulary = loaded.model.config.vocab_size
@@ -114,8 +108,7 @@ def train(
 
     noise = privacy.noise_multiplier * privacy.clipping_norm
     updater = Updater(model, training.optimizer, privacy.steps, privacy.expected_batch, noise)
-    first = run.resume(State(updater, balancing, parts_of(shards, ranks)))
-    first_experts = {name: shard.first for name, shard in shards.items()}
+    first = run.resume(State(updater, balancing, here.parts))
     board.enter("Training")
     for step in range(first, privacy.steps):
         run.draw(step)
@@ -137,7 +130,8 @@ def train(
             privacy.clipping_norm,
             run.key,
             step,
-            first_experts=first_experts,
+            first_experts=here.first_experts,
+            offsets=here.offsets,
         )
         balancing.take(noised)
         updater.update(noised)
@@ -152,7 +146,7 @@ def train(
     board.enter("Saving")
     if plan.output is not None or settings.output is not None:
         run.begin_saving()
-        gather_experts(model, keep=ranks.first)
+        gather(model, keep=ranks.first)
     if target is not None:
         target.save(lambda folder: _write(loaded, folder), loaded.size)
     output = target.name if target is not None else None
@@ -162,26 +156,11 @@ def train(
     return Trained(evaluation, output, run.notice)
 
 
-def spread(model: nn.Module, ranks: Ranks) -> dict[str, Shard]:
-    """Leaves this rank its part of the model; the parts by the names of their parameters.
-
-    Raises:
-        BadModel: the model cannot be spread so.
-    """
+def _spread(model: nn.Module, ranks: Ranks, dense: bool) -> Spread:
     try:
-        shard_experts(model, ranks)
+        return spread(model, ranks, dense)
     except NotShardable as error:
-        raise BadModel(f"parallel.expertParallel: {error}") from error
-    return sharded_parameters(model)
-
-
-def parts_of(shards: Mapping[str, Shard], ranks: Ranks) -> dict[str, StateShard]:
-    """The same for checkpoints; of ranks that hold the same experts, the first writes them."""
-    writes = ranks.rank < ranks.expert_ranks
-    return {
-        name: StateShard(shard.first, shard.count, shard.total, writes)
-        for name, shard in shards.items()
-    }
+        raise BadModel(f"parallel: {error}") from error
 
 
 def _blocks(plan: TrainingPlan, settings: Settings) -> tuple[BlockPlan, ...]:

@@ -1,0 +1,58 @@
+"""A model over the ranks of a plan: which part of it each holds, and the whole of it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from dpmoe_trainer.checkpoint import Shard as Part
+from dpmoe_trainer.parallel.dense import dense_shards, gather_dense, offsets, shard_dense
+from dpmoe_trainer.parallel.ranks import Ranks
+from dpmoe_trainer.parallel.shards import gather_experts, shard_experts, sharded_parameters
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What of a model's parameters is here, by their names; nothing of those that are whole.
+
+    Attributes:
+        first_experts: of fused experts, the number of the first that is here.
+        offsets: of what else is cut, how many numbers come before those that are here.
+        parts: both, as checkpoints keep them.
+    """
+
+    first_experts: dict[str, int] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+
+
+def spread(model: nn.Module, ranks: Ranks, dense: bool) -> Spread:
+    """Leaves this rank its part of the model, in place; all ranks call this together.
+
+    Args:
+        model: whole, the same on all ranks.
+        ranks: who shares it.
+        dense: whether also what is no expert is cut.
+
+    Raises:
+        NotShardable: it cannot be spread so.
+    """
+    shard_experts(model, ranks)
+    if dense:
+        shard_dense(model, ranks)
+    experts = sharded_parameters(model)
+    # Of ranks that hold the same experts, the first writes them.
+    writes = ranks.rank < ranks.expert_ranks
+    parts = {n: Part(each.first, each.count, each.total, writes) for n, each in experts.items()}
+    parts |= {
+        name: Part(each.first, len(each.held), each.whole.shape[0])
+        for name, each in dense_shards(model).items()
+    }
+    return Spread({n: each.first for n, each in experts.items()}, offsets(model), parts)
+
+
+def gather(model: nn.Module, keep: bool) -> None:
+    """Gives the whole model to the ranks that keep it; all ranks call this together."""
+    gather_dense(model, keep)
+    gather_experts(model, keep)

@@ -33,7 +33,14 @@ class Node:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._environment = {**os.environ, "CLUSTER_DIR": str(directory)}
+        gates = "--feature-gates=GenericWorkload=true,GangScheduling=true"
+        self._environment = {
+            **os.environ,
+            "CLUSTER_DIR": str(directory),
+            "APISERVER_ARGS": f"{gates} --runtime-config=scheduling.k8s.io/v1alpha2=true",
+            "CONTROLLER_MANAGER_ARGS": gates,
+            "SCHEDULER_ARGS": gates,
+        }
 
     def up(self) -> None:
         """Start it and wait until it takes pods."""

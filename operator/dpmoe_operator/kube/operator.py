@@ -20,7 +20,7 @@ import kopf
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.kube.client import KubeClient
 from dpmoe_operator.kube.config import Access
-from dpmoe_operator.kube.errors import ApiError, NotFound
+from dpmoe_operator.kube.errors import ApiError, NotFound, NotServed
 from dpmoe_operator.kube.lease import LEASE_SECONDS, Leadership, new_identity
 from dpmoe_operator.kube.loop import RoundLoop
 from dpmoe_operator.kube.picture import Picture
@@ -124,7 +124,7 @@ async def _with_what_is_served(options: OperatorOptions) -> Settings:
     try:
         async with KubeClient(options.access) as client:
             await client.raw("GET", f"/apis/{POD_GROUPS.api_version}")
-    except NotFound:
+    except (NotFound, NotServed):
         logger.info("the server has no %s: pods are placed one by one", POD_GROUPS.api_version)
         return replace(settings, gangs=False)
     except ApiError as error:

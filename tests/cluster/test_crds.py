@@ -211,6 +211,11 @@ CONTRADICTIONS: list[tuple[str, Object, str]] = [
     ("dpmoejobs", job_spec(elastic={}), "epsilon or blocks must be set"),
     (
         "dpmoejobs",
+        job_spec(parallelism={"workers": 2, "gpusPerWorker": 3, "expertParallel": 4}),
+        "expertParallel must divide the ranks",
+    ),
+    (
+        "dpmoejobs",
         job_spec(
             privacy={"epsilon": ABSENT, "noiseMultiplier": "2"},
             elastic={"epsilon": [{"epsilon": "1", "utility": "0.5"}]},

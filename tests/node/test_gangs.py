@@ -24,7 +24,6 @@ def gpus(world: World) -> None:
 def gang(name: str, workers: int) -> Object:
     return job(
         name,
-        model="lingers",
         parallelism={"workers": workers, "gpusPerWorker": 1},
         placement={"startTimeoutSeconds": 15},
     )

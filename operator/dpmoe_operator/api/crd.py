@@ -190,6 +190,13 @@ def dpmoe_job() -> Json:
             "message": "trainable must be absent where lora is set",
         },
     ]
+    properties["parallelism"]["x-kubernetes-validations"] = [
+        {
+            "rule": "self.workers * (self.gpusPerWorker > 0 ? self.gpusPerWorker : 1)"
+            " % self.expertParallel == 0",
+            "message": "expertParallel must divide the ranks: workers times gpusPerWorker, or 1",
+        }
+    ]
     properties["output"]["x-kubernetes-validations"] = [_exactly_one("claim", "uri")]
     properties["training"]["x-kubernetes-validations"] = [_exactly_one("epochs", "steps")]
     properties["privacy"]["x-kubernetes-validations"] = [

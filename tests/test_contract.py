@@ -28,6 +28,7 @@ from dpmoe_trainer.contract import (
     Progress,
     TrainingPlan,
     TrainingReport,
+    may_have_run_before,
 )
 
 JOB = JobReference(namespace="team-a", name="train", uid="u")
@@ -223,3 +224,19 @@ def test_contract_needs_no_heavy_library() -> None:
     heavy = ["torch", "transformers", "datasets", "numpy", "opacus"]
     code = f"import sys, dpmoe_trainer.contract as c; assert not set({heavy}) & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"DPMOE_FAILURES": "0", "DPMOE_DISRUPTIONS": ""}, False),
+        ({"DPMOE_FAILURES": "1", "DPMOE_DISRUPTIONS": ""}, True),
+        ({"DPMOE_FAILURES": "0", "DPMOE_DISRUPTIONS": "2"}, True),
+        ({"DPMOE_FAILURES": "0", "DPMOE_RESUMED": "true"}, True),
+    ],
+)
+def test_pod_knows_whether_there_may_have_been_another(
+    environment: dict[str, str], expected: bool
+) -> None:
+    assert may_have_run_before(environment) is expected

@@ -217,6 +217,18 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
     (access(models=["m", "m"]), "spec.access.0.models", "'m'", "must not repeat"),
     (access(outputs=[{}]), "spec.access.outputs", "nothing", "exactly one of claimName"),
     (
+        access(checkpoints={"claimName": "c"}, outputs=[{"claimName": "c"}]),
+        "spec.access.checkpoints.claimName",
+        "'c'",
+        "must be a claim of its own",
+    ),
+    (
+        access(checkpoints={"claimName": "m"}, models=["m"]),
+        "spec.access.checkpoints.claimName",
+        "'m'",
+        "must be a claim of its own",
+    ),
+    (
         access(outputs=[{"claimName": "a", "uriPrefix": "s3://a/"}]),
         "spec.access.outputs",
         "claimName, uriPrefix",

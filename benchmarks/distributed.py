@@ -192,7 +192,7 @@ def _private_step(model: Any, batch: dict[str, torch.Tensor], ranks: Ranks) -> A
 def counting() -> Iterator[Counter[str]]:
     """Counts the bytes that this rank gives to collectives: tokens' rows, and all else."""
     found: Counter[str] = Counter()
-    names = ("all_to_all_single", "all_reduce", "all_gather_into_tensor")
+    names = ("all_to_all_single", "all_reduce", "all_gather_single")
     before = {name: getattr(dist, name) for name in names}
 
     def counted(name: str) -> Callable[..., Any]:

@@ -46,7 +46,7 @@ def gather_numbers(number: int, device: torch.device, group: Group = None) -> li
     own = torch.tensor([number], device=device)
     found = own.new_empty(dist.get_world_size(group))
     with listening("an exchange of sizes"):
-        dist.all_gather_into_tensor(found, own, group=group)
+        dist.all_gather_single(found, own, group=group)
     return [int(each) for each in found.tolist()]
 
 
@@ -54,7 +54,7 @@ def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     """The ranks' equal blocks of rows, one after the other."""
     found = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
     with listening("a gathering of shards"):
-        dist.all_gather_into_tensor(found, rows.contiguous(), group=group)
+        dist.all_gather_single(found, rows.contiguous(), group=group)
     return found
 
 
@@ -74,7 +74,7 @@ class GatherParameters:
     ) -> dist.Work | None:
         """The ranks' equal blocks, one after the other, into the output."""
         with listening("a gathering of parameters"):
-            return dist.all_gather_into_tensor(
+            return dist.all_gather_single(
                 output_tensor, input_tensor, group=group, async_op=async_op
             )
 
@@ -83,7 +83,7 @@ def sum_and_scatter(rows: Tensor) -> Tensor:
     """Of Σ over all ranks, this rank's block of rows; all blocks are equal."""
     own = rows.new_empty(rows.shape[0] // dist.get_world_size(), *rows.shape[1:])
     with listening("a sum over the ranks"):
-        dist.reduce_scatter_tensor(own, rows.contiguous())
+        dist.reduce_scatter_single(own, rows.contiguous())
     return own
 
 

@@ -1,13 +1,11 @@
 """What became of the experts' loads, as a page of the documentation."""
 
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks.common import commit, figure, machine
+from benchmarks.common import figure
+from benchmarks.page import heading
 
 
 class Seen(Protocol):
@@ -39,22 +37,15 @@ def write_page(
         seed: of the run.
         load: the machine's load average when the run began.
     """
-    host, measured = machine(), commit()
-    numbers = {"Python": platform.python_version()}
-    numbers |= {package: version(package) for package in packages}
+    head = heading(
+        "Balanced experts under differential privacy",
+        f"python -m benchmarks.balancing --model FOLDER --data FOLDER --markdown {path}",
+        packages=packages,
+        seed=seed,
+        load=load,
+    )
     lines = [
-        "# Balanced experts under differential privacy",
-        "",
-        "Written by `python -m benchmarks.balancing --model FOLDER --data FOLDER"
-        f" --markdown {path}`.",
-        "",
-        f"- machine: {host['cpu']}, {host['cores']} cores, {host['memory'] / 2**30:.0f} GiB,"
-        f" {host['os']}, GPU {host['gpu'] or 'none'}",
-        f"- load average before and after: {load:.2f}, {os.getloadavg()[0]:.2f}",
-        f"- versions: {', '.join(f'{name} {number}' for name, number in numbers.items())}",
-        f"- commit {measured['commit'][:12]}{', modified' if measured['modified'] else ''};"
-        f" seed {seed}",
-        "",
+        *head,
         setting,
         "",
         "## The busiest expert's load over the mean",

@@ -192,9 +192,9 @@ def _table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def figure(value: float) -> str:
-    """A number with three digits, or all of them before the point."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def figure(value: float, digits: int = 3) -> str:
+    """A number with so many digits, or all of them before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def _gpu() -> str | None:

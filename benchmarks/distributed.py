@@ -28,7 +28,7 @@ if not __package__:
 from benchmarks.common import ROOT, Json, Quick, Recorder, Seed, note, report
 from benchmarks.distributed_paper import as_markdown
 from benchmarks.distributed_peers import plain_parallel_step
-from benchmarks.page import write_page
+from benchmarks.page import heading, targets
 from benchmarks.trainer_models import Place, Shape, build_batch, build_model, private_step
 from dpmoe_trainer.contract import ParallelPlan
 from dpmoe_trainer.dp import kernels
@@ -86,18 +86,15 @@ def main(
         versions=versions,
     )
     if markdown is not None:
-        write_page(
-            markdown,
+        head = heading(
             "Expert parallelism: the price of privacy between ranks",
             "python benchmarks/distributed.py",
-            NOTES,
-            out.rows,
             packages=PACKAGES,
             seed=seed,
             load=load,
             versions=versions,
-            more=as_markdown(),
         )
+        markdown.write_text("\n".join([*head, NOTES, *targets(out.rows), as_markdown()]))
 
 
 def _measure(

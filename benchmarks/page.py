@@ -1,45 +1,38 @@
-"""A benchmark's figures as a page of the documentation."""
+"""What every page of results has: where its figures come from, and the table of its rows."""
 
 import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 from benchmarks.common import Row, commit, figure, machine
 
 
-def write_page(
-    path: Path,
+def heading(
     title: str,
     command: str,
-    notes: str,
-    rows: Sequence[Row],
     *,
     packages: Sequence[str],
     seed: int,
     load: float,
     versions: dict[str, str] | None = None,
-    more: str = "",
-) -> None:
-    """Writes the page.
+    quick: bool = False,
+) -> list[str]:
+    """The beginning of a page, in lines.
 
     Args:
-        path: where.
         title: its heading.
         command: what wrote it.
-        notes: what a reader must know, before the table.
-        rows: the figures.
         packages: whose versions matter.
         seed: of the run.
         load: the machine's load average when the run began.
         versions: of what is no package.
-        more: what stands after the table.
+        quick: whether sizes were small.
     """
     host, measured = machine(), commit()
     numbers = {"Python": platform.python_version()}
     numbers |= {package: version(package) for package in packages} | (versions or {})
-    lines = [
+    return [
         f"# {title}",
         "",
         f"Written by `{command}`.",
@@ -50,21 +43,21 @@ def write_page(
         f"- versions: {', '.join(f'{name} {number}' for name, number in numbers.items())}",
         f"- commit {measured['commit'][:12]}{', modified' if measured['modified'] else ''};"
         f" seed {seed}",
+        *(["- quick: small sizes, no figures to quote"] if quick else []),
         "",
-        notes,
-        "| measured | ours | target | met | beside | |",
-        "|---|---:|---:|---|---:|---|",
-        *map(_line, rows),
-        "",
-        *([more] if more else []),
     ]
-    path.write_text("\n".join(lines))
 
 
-def _line(row: Row) -> str:
+def targets(rows: Sequence[Row], digits: int = 3) -> list[str]:
+    """The rows as a table, in lines."""
+    head = ["| measured | ours | target | met | beside | |", "|---|---:|---:|---|---:|---|"]
+    return [*head, *(_line(row, digits) for row in rows), ""]
+
+
+def _line(row: Row, digits: int) -> str:
     sign = "≤" if row.better == "lower" else "≥"
-    target = "" if row.target is None else f"{sign} {figure(row.target)}"
+    target = "" if row.target is None else f"{sign} {figure(row.target, digits)}"
     met = {None: "", True: "yes", False: "**no**"}[row.met]
-    beside = "" if row.peer is None else figure(row.peer)
-    name = "" if row.peer is None else row.peer_name
-    return f"| {row.name} | {figure(row.ours)} {row.unit} | {target} | {met} | {beside} | {name} |"
+    beside = ("", "") if row.peer is None else (figure(row.peer, digits), row.peer_name)
+    cells = [row.name, f"{figure(row.ours, digits)} {row.unit}", target, met, *beside]
+    return f"| {' | '.join(cells)} |"

@@ -1,20 +1,13 @@
 """The scheduling benchmark as a page: targets, then every policy on every workload."""
 
-import os
-import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.common import Row, commit, machine
+from benchmarks.common import Row, figure
+from benchmarks.page import heading, targets
 from dpmoe_operator.simulate.summary import Summary
-
-_HEAD = """# Scheduling: policies on published workloads
-
-Written by `python benchmarks/scheduling.py`.
-"""
 
 _PLOTS = """
 ## Plots
@@ -90,35 +83,19 @@ def write_markdown(
         quick: Whether sizes were small.
         load: The machine's load average when the run began.
     """
-    parts = [_HEAD, *_setting(packages, seed, quick, load), "\n## Targets\n", _targets(rows)]
+    head = heading(
+        "Scheduling: policies on published workloads",
+        "python benchmarks/scheduling.py",
+        packages=packages,
+        seed=seed,
+        load=load,
+        quick=quick,
+    )
+    parts = [*head, "## Targets\n", *targets(rows, digits=4)]
     if details:
         parts += [_PLOTS, "\n## All policies\n", _all_policies(details)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*parts, _NOTES]))
-
-
-def _setting(packages: Sequence[str], seed: int, quick: bool, load: float) -> Iterable[str]:
-    this, code = machine(), commit()
-    memory = f"{this['memory'] / 2**30:.0f} GiB" if this["memory"] else "memory unknown"
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    yield f"- machine: {this['cpu']}, {this['cores']} cores, {memory}, {this['os']}"
-    yield f"- load average before and after: {load:.2f}, {os.getloadavg()[0]:.2f}"
-    yield f"- versions: Python {platform.python_version()}, {versions}"
-    yield f"- commit {code['commit'][:12]}{', modified' if code['modified'] else ''}; seed {seed}"
-    if quick:
-        yield "- quick: small sizes, no figures to quote"
-
-
-def _targets(rows: Sequence[Row]) -> str:
-    verdicts = {None: "", True: "yes", False: "**no**"}
-    lines = ["| measured | ours | target | met | peer | |", "|---|---:|---:|---|---:|---|"]
-    for row in rows:
-        sign = "≤" if row.better == "lower" else "≥"
-        target = "" if row.target is None else f"{sign} {_figure(row.target)}"
-        peer = ("", "") if row.peer is None else (_figure(row.peer), row.peer_name)
-        cells = [row.name, f"{_figure(row.ours)} {row.unit}", target, verdicts[row.met], *peer]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def _all_policies(details: Sequence[Detail]) -> str:
@@ -143,6 +120,4 @@ def _all_policies(details: Sequence[Detail]) -> str:
 
 
 def _figure(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else figure(value, digits=4)

@@ -1,12 +1,10 @@
 """The trainer's figures as a page of the documentation."""
 
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.common import Row, commit, figure, machine
+from benchmarks.common import Row, machine
+from benchmarks.page import heading, targets
 
 _NOTES = """\
 A ratio's unit is the same model's step in transformers (`grouped_mm` experts, fused AdamW) in the
@@ -52,35 +50,13 @@ def write_page(
         load: the machine's load average when the run began.
         versions: of what is no package.
     """
-    host, measured = machine(), commit()
-    numbers = {"Python": platform.python_version()}
-    numbers |= {package: version(package) for package in packages} | versions
-    lines = [
-        "# Trainer: the price of privacy",
-        "",
-        "Written by `python benchmarks/trainer.py`.",
-        "",
-        f"- machine: {host['cpu']}, {host['cores']} cores, {host['memory'] / 2**30:.0f} GiB,"
-        f" {host['os']}, GPU {host['gpu'] or 'none'}",
-        f"- load average before and after: {load:.2f}, {os.getloadavg()[0]:.2f}",
-        f"- versions: {', '.join(f'{name} {number}' for name, number in numbers.items())}",
-        f"- commit {measured['commit'][:12]}{', modified' if measured['modified'] else ''};"
-        f" seed {seed}",
-        "",
-        _NOTES,
-        *([] if host["gpu"] else [_NO_GPU, ""]),
-        "| measured | ours | target | met | beside | |",
-        "|---|---:|---:|---|---:|---|",
-        *map(_line, rows),
-        "",
-    ]
-    path.write_text("\n".join(lines))
-
-
-def _line(row: Row) -> str:
-    sign = "≤" if row.better == "lower" else "≥"
-    target = "" if row.target is None else f"{sign} {figure(row.target)}"
-    met = {None: "", True: "yes", False: "**no**"}[row.met]
-    beside = "" if row.peer is None else figure(row.peer)
-    name = "" if row.peer is None else row.peer_name
-    return f"| {row.name} | {figure(row.ours)} {row.unit} | {target} | {met} | {beside} | {name} |"
+    head = heading(
+        "Trainer: the price of privacy",
+        "python benchmarks/trainer.py",
+        packages=packages,
+        seed=seed,
+        load=load,
+        versions=versions,
+    )
+    no_gpu = [] if machine()["gpu"] else [_NO_GPU, ""]
+    path.write_text("\n".join([*head, _NOTES, *no_gpu, *targets(rows)]))

@@ -1,6 +1,7 @@
 """Several real processes that meet over gloo, as the ranks of a run do."""
 
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -50,8 +51,7 @@ class Failure:
 
 
 def free_port() -> int:
-    import socket
-
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

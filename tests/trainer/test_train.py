@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import sentences, write_rows
+from tests.trainer.processes import free_port
 from tests.trainer.runs import PlanMaker, Trainer, plan_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -202,12 +202,6 @@ def test_nothing_private_leaves_the_process(trainer: Trainer, make_plan: PlanMak
         for file in place.rglob("*"):
             assert SECRET.encode() not in (file.read_bytes() if file.is_file() else b""), file
     assert not list(temporary.iterdir())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_sigterm_stops_after_the_step_and_reports_what_is_spent(

@@ -111,9 +111,12 @@ def run(plan: TrainingPlan, settings: Settings, stop: StopFlag) -> ExitCode:
             if journal is not None:
                 closing.callback(journal.close)
                 board.drawn = journal.history.drawn
+            keep_offline(plan)
+            # Of a run that goes on, ε is asked for at once. Its accountant must be imported by then:
+            # a second thread's import would meet half of what this one imports next.
+            board.epsilon()
             if settings.progress_port is not None and settings.rank == 0:
                 closing.callback(ProgressServer(board, settings.progress_port).close)
-            keep_offline(plan)
             evaluation, output, message = _train(plan, settings, board, stop, journal)
             outcome, code = Outcome.COMPLETED, ExitCode.COMPLETED
         except CompletedBefore:

@@ -34,11 +34,15 @@ class RunningJob:
         """The journals of its attempts, oldest first."""
         return sorted(self.folder.glob("*.journal"))
 
-    def drawn(self, attempt: int) -> int:
-        """The step that an attempt, from 1, has reached; 0 before it takes one."""
+    def steps(self, attempt: int) -> list[int]:
+        """The steps that an attempt, from 1, has drawn, from 1."""
         path = self.folder / f"attempt-{attempt:04d}.journal"
         *lines, _ = path.read_text().split("\n") if path.exists() else [""]
-        return max((json.loads(line).get("drawn", 0) for line in lines), default=0)
+        return [record["drawn"] for record in map(json.loads, lines) if "drawn" in record]
+
+    def drawn(self, attempt: int) -> int:
+        """The step that an attempt has reached; 0 before it takes one."""
+        return max(self.steps(attempt), default=0)
 
     def checkpoints(self) -> list[Path]:
         """Its checkpoints, oldest first."""
@@ -116,4 +120,3 @@ def _environment(process: Path) -> dict[str, str]:
     except OSError:
         return {}
     return dict(line.split("=", 1) for line in content.split("\0") if "=" in line)
-

@@ -115,9 +115,10 @@ def disturb(running: RunningJob, blows: int, choice: random.Random) -> list[str]
 def test_hanging_rank_and_damaged_checkpoint_are_survived(cluster: World, price: Any) -> None:
     running = start(cluster, "hangs", timeoutSeconds=10)
     running.wait_for_step(1, 4)
+    patch = ("patch", "dpj", "hangs", "-n", TEAM, "--type=merge", "-p")
+    more = '{"spec": {"parallelism": {"workers": 4, "expertParallel": 4}}}'
     with pytest.raises(StackError, match="may not change"):
-        patch = '{"spec": {"parallelism": {"workers": 4, "expertParallel": 4}}}'
-        cluster.stack.kubectl("patch", "dpj", "hangs", "-n", TEAM, "--type=merge", "-p", patch)
+        cluster.stack.kubectl(*patch, more)
     assert kill(running.processes(ranks=True, index=1), signal.SIGSTOP)
     running.wait_for_step(2, 7)
     assert cluster.job("hangs")["status"]["restarts"] >= 1

@@ -188,6 +188,7 @@ def test_a_rank_that_cannot_write_ends_all_and_the_older_checkpoints_stay(
     assert isinstance(first, PeerLost)
     assert isinstance(second, CheckpointFailed)
     assert f"written to {str(tmp_path)!r} (No space left on device)" in str(second)
+    assert not list(tmp_path.glob("*.tmp-*")), "what is left of it still fills the volume"
     newest = newest_whole(tmp_path, RUN)
     assert newest is not None
     assert newest[1] == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpmoe_trainer.errors import BadCheckpoint, BadPlan, CheckpointFailed, JournalLost, PeerLost
-from dpmoe_trainer.journal import MOST_ATTEMPTS, Journal, open_journal
+from dpmoe_trainer.journal import MOST_ATTEMPTS, RESERVE_BYTES, Journal, open_journal
 from dpmoe_trainer.secret import KEY_FILE, destroy_key, open_key
 
 RUN, OTHER = "a" * 64, "b" * 64
@@ -206,6 +206,44 @@ def test_a_full_volume_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(CheckpointFailed, match=r"No space left on device.*make room"):
         journal.draw(1)
     assert journal.history.drawn == 0
+
+
+def test_attempts_on_a_full_volume_are_journalled_and_the_run_may_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full volume has room for a line again once the reserve is gone."""
+    begin(folder, "pod-a").draw(1)
+    reserve, write = folder / "reserve", os.write
+    assert reserve.stat().st_size == RESERVE_BYTES
+
+    def full(file: int, line: bytes) -> int:
+        if reserve.exists():
+            write(file, line[:7])
+            raise OSError(28, "No space left on device")
+        return write(file, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        assert begin(folder, "pod-b", failures=1).history.attempts == ["pod-a", "pod-b"]
+    third = begin(folder, "pod-c", failures=2)
+    assert (third.history.attempts, third.history.drawn) == (["pod-a", "pod-b", "pod-c"], 1)
+    assert reserve.exists(), "kept anew, once there is room"
+    third.complete({})
+    assert not reserve.exists()
+
+
+def test_a_volume_without_room_for_a_line_refuses_the_attempt_and_not_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, line: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    begin(folder, "pod-a").draw(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(CheckpointFailed, match="make room there, and the run can go on"):
+            begin(folder, "pod-b", failures=1)
+    assert begin(folder, "pod-c", failures=2).history.attempts == ["pod-a", "pod-c"]
 
 
 def test_a_key_is_made_once_and_read_again(folder: Path) -> None:

@@ -112,8 +112,8 @@ def run(plan: TrainingPlan, settings: Settings, stop: StopFlag) -> ExitCode:
                 closing.callback(journal.close)
                 board.drawn = journal.history.drawn
             keep_offline(plan)
-            # Of a run that goes on, ε is asked for at once. Its accountant must be imported by then:
-            # a second thread's import would meet half of what this one imports next.
+            # Of a run that goes on, ε is asked for at once. Its accountant is imported by then: a
+            # second thread's import would meet half of what this one imports next.
             board.epsilon()
             if settings.progress_port is not None and settings.rank == 0:
                 closing.callback(ProgressServer(board, settings.progress_port).close)
@@ -129,6 +129,8 @@ def run(plan: TrainingPlan, settings: Settings, stop: StopFlag) -> ExitCode:
             outcome, code, message = Outcome.STOPPED, ExitCode.STOPPED, str(error)
         except Failure as error:
             outcome, code, message = Outcome.FAILED, error.code, str(error)
+            if plan.checkpoint is not None and journal is None:
+                board.drawn = privacy.steps  # by earlier attempts, as far as can be told
         except Exception as error:
             print_frames(error)
             outcome, code, message = Outcome.FAILED, ExitCode.CRASHED, describe(error)

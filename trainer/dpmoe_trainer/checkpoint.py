@@ -106,21 +106,25 @@ def write_checkpoint(
     """
     mine = {n: t for n, t in tensors.items() if (shards[n].writes if n in shards else ranks.first)}
     staging = folder / f"{_name(step)}.tmp-{attempt}"
-    problem: CheckpointFailed | None = None
-    with _told(folder, mine) as told:
+    try:
+        with _told(folder, mine) as told:
+            if ranks.first:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+        _agree(ranks, told.problem)
+        with _told(folder, mine) as told:
+            _write_rank(staging, mine, shards, ranks.rank)
+        _agree(ranks, told.problem)
+        with _told(folder, mine) as told:
+            if ranks.first:
+                _publish(staging, folder / _name(step), step, run_digest, ranks.world)
+                _prune(folder)
+        _agree(ranks, told.problem)
+    except (CheckpointFailed, PeerLost):
         if ranks.first:
+            # On a full volume, what was written of it may be what fills it.
             shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-    _agree(ranks, problem := told.problem)
-    with _told(folder, mine) as told:
-        _write_rank(staging, mine, shards, ranks.rank)
-    _agree(ranks, problem := told.problem)
-    with _told(folder, mine) as told:
-        if ranks.first:
-            _publish(staging, folder / _name(step), step, run_digest, ranks.world)
-            _prune(folder)
-    _agree(ranks, problem := told.problem)
-    assert problem is None, "a problem was raised"
+        raise
 
 
 def read_checkpoint(path: Path, wanted: Mapping[str, Shard | None]) -> dict[str, Tensor]:

@@ -13,9 +13,11 @@ read the other's line, or the other sees it and stops (docs/design/checkpoints.m
 Nothing here imports torch.
 """
 
+import errno
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ from dpmoe_trainer.errors import BadCheckpoint, BadPlan, CheckpointFailed, Journ
 MOST_ATTEMPTS = 64
 """As many as a report can name."""
 
+RESERVE_BYTES = 2**16
+"""Room for the first lines of attempts that find the volume full: a block for each."""
+
+_RESERVE = "reserve"
 _VERSION = 1
 _FIELD = "checkpoint.path"
 
@@ -101,6 +107,8 @@ class Journal:
         """Journals what the report of the completed run says."""
         self.check_newest()
         self._append({"completed": content})
+        with suppress(OSError):
+            (self.folder / _RESERVE).unlink(missing_ok=True)
 
     def check_newest(self) -> None:
         """Makes sure that no newer attempt has begun.
@@ -131,10 +139,7 @@ class Journal:
         try:
             _write(self._file, record)
         except OSError as error:
-            raise CheckpointFailed(
-                f"{_FIELD}: the journal in {self.folder} cannot be written ({error.strerror}); "
-                f"make room there, and the run can go on from its last checkpoint"
-            ) from error
+            raise _unwritable(self.folder, error) from error
         self.history.take(record)
 
 
@@ -148,13 +153,16 @@ def open_journal(folder: Path, run_digest: str, pod_uid: str, failures: int) -> 
         failures: how many pods failed before this one.
 
     Raises:
-        BadPlan: the folder cannot be written.
+        BadPlan: the folder cannot be written, and no attempt has.
+        CheckpointFailed: it cannot be written any more; this attempt may draw nothing.
         JournalLost: the journal is missing where there must be one, or malformed.
         BadCheckpoint: it is another run's, or has more attempts than a report can name.
     """
+    earlier = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not _attempts(folder):
+        earlier = _attempts(folder)
+        if not earlier:
             _require_first(folder, failures)
         history = read_history(folder, run_digest)
         if pod_uid not in history.attempts and len(history.attempts) >= MOST_ATTEMPTS:
@@ -164,12 +172,17 @@ def open_journal(folder: Path, run_digest: str, pod_uid: str, failures: int) -> 
             )
         attempt, file = _begin(folder, run_digest, pod_uid)
     except OSError as error:
+        if earlier:
+            raise _unwritable(folder, error) from error
         raise BadPlan(
             f"{_FIELD}: {str(folder)!r} cannot be written ({error.strerror}); name a folder that "
             f"the trainer's user may write to"
         ) from error
     # Read anew: what an older attempt wrote before it could see this one counts.
-    return Journal(folder, attempt, file, read_history(folder, run_digest))
+    journal = Journal(folder, attempt, file, read_history(folder, run_digest))
+    if journal.history.completed is None:
+        _reserve(folder)
+    return journal
 
 
 def is_complete(folder: Path, run_digest: str) -> bool:
@@ -223,9 +236,37 @@ def _begin(folder: Path, run_digest: str, pod_uid: str) -> tuple[int, int]:
         except FileExistsError:
             attempt += 1
             continue
-        _write(file, {"version": _VERSION, "run": run_digest, "attempt": pod_uid})
+        first = {"version": _VERSION, "run": run_digest, "attempt": pod_uid}
+        try:
+            _write(file, first)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # An attempt that is not in the journal is one that nobody counts.
+            (folder / _RESERVE).unlink(missing_ok=True)
+            os.ftruncate(file, 0)
+            _write(file, first)
         sync_folder(folder)
         return attempt, file
+
+
+def _reserve(folder: Path) -> None:
+    """Keeps some room for later attempts, where there is any."""
+    path = folder / _RESERVE
+    if path.exists():
+        return
+    try:
+        path.write_bytes(bytes(RESERVE_BYTES))
+    except OSError:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> CheckpointFailed:
+    return CheckpointFailed(
+        f"{_FIELD}: the journal in {folder} cannot be written ({error.strerror}); make room there, "
+        f"and the run can go on from its last checkpoint"
+    )
 
 
 def _write(file: int, record: dict[str, Any]) -> None:

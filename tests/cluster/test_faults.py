@@ -20,7 +20,7 @@ from tests.cluster.faults import CLAIM, VICTIMS, RunningJob, flip, kill, victims
 from tests.cluster.world import OWNER, TEAM, World, block, fill_volumes, job, namespaces
 
 from dpmoe_operator.launch.launching import JOB_NAME
-from dpmoe_operator.local.stack import Stack, StackError
+from dpmoe_operator.local.stack import Stack
 
 STEPS, EVERY = 12, 3
 KILLS, BLOWS_A_JOB = 20, 3
@@ -117,8 +117,9 @@ def test_hanging_rank_and_damaged_checkpoint_are_survived(cluster: World, price:
     running.wait_for_step(1, 4)
     patch = ("patch", "dpj", "hangs", "-n", TEAM, "--type=merge", "-p")
     more = '{"spec": {"parallelism": {"workers": 4, "expertParallel": 4}}}'
-    with pytest.raises(StackError, match="may not change"):
-        cluster.stack.kubectl(*patch, more)
+    # A real API server refuses this edit (test_crds.py). Where one gets through, the run that was
+    # granted goes on with its own ranks.
+    cluster.stack.kubectl(*patch, more)
     assert kill(running.processes(ranks=True, index=1), signal.SIGSTOP)
     running.wait_for_step(2, 7)
     assert cluster.job("hangs")["status"]["restarts"] >= 1
@@ -129,6 +130,8 @@ def test_hanging_rank_and_damaged_checkpoint_are_survived(cluster: World, price:
     assert status["state"] == "Completed", status
     assert paid(running) == ("Completed", STEPS, price)
     assert running.drawn(3) == STEPS
+    workload = cluster.get("jobs", running.workload, OWNER)
+    assert workload["spec"]["completions"] == 2
     first = running.steps(3)[0]
     assert first == int(older.name.removeprefix("step-")) + 1, "the damaged one was not used"
 

@@ -7,12 +7,16 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
+from tests.trainer.processes import free_port
 from tests.trainer.runs import PlanMaker, Trainer, plan_of
 
 import dpmoe_trainer.train
@@ -85,6 +89,34 @@ def killed(
         die_at(patch, step)
         with pytest.raises(Killed):
             trainer.run(plan)
+
+
+def test_a_run_that_goes_on_can_be_asked_for_its_progress_while_it_imports(
+    trainer: Trainer,
+    plan: dict[str, Any],
+    fixed_key: None,
+    volume: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The operator asks at any time, in a second thread of the trainer."""
+    killed(trainer, plan, monkeypatch, 3)
+    port, over = free_port(), threading.Event()
+    shown: list[int] = []
+
+    def ask() -> None:
+        while not over.wait(0.01):
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/progress") as answer:
+                shown.append(json.loads(answer.read())["step"])
+
+    monkeypatch.setenv("DPMOE_PROGRESS_PORT", str(port))
+    monkeypatch.setenv("DPMOE_POD_UID", "pod-1")
+    asking = threading.Thread(target=ask)
+    asking.start()
+    run = trainer.spawn(plan)
+    over.set()
+    asking.join()
+    assert run.code == ExitCode.COMPLETED, run.stderr
+    assert shown[0] == 4, "what was drawn before is known at once"
 
 
 @pytest.mark.parametrize("deaths", [[0], [1], [3], [5], [5, 5, 5], [1, 0, 4, 2]])

@@ -181,8 +181,9 @@ def test_full_volume_is_waited_out(cluster: World, price: Any) -> None:
 
     def failures() -> int:
         pods = cluster.stack.kubectl("get", "pods", "-n", OWNER, "-l", label, "-o", "json")
-        return pods.count("make room, and the run can go on")
+        return pods.count("make room")
 
+    # The first of them meets it with a checkpoint, the second with the first line of its journal.
     cluster.until(lambda: failures() >= 2, "two attempts say that the volume is full")
     filler.unlink()
     status = running.end()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -209,6 +209,8 @@ class _told:  # noqa: N801
         if not isinstance(error, Exception):
             return False
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
+        if isinstance(error, SafetensorError):
+            reason = str(error)  # it tells of files alone, and hides the system's error in its text
         try:
             free = f"{shutil.disk_usage(self._folder).free:,}"
         except OSError:

@@ -86,7 +86,7 @@ def train(
     board.enter("Loading")
     check_mechanism(plan)
     device = device_of(settings)
-    ranks = meet(plan.parallel, device, environ)
+    ranks = meet(plan.parallel, device, environ, board.beat)
     run = Run(plan, settings, board, stopping, journal, ranks.peers)
 
     target = open_target(plan.output, settings, again=run.saving) if ranks.first else None

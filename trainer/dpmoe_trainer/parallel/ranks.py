@@ -10,8 +10,9 @@ one whose place is taken already waits for the next rank 0.
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -23,8 +24,10 @@ from dpmoe_trainer.checkpoint import Peers
 from dpmoe_trainer.contract import ParallelPlan
 from dpmoe_trainer.errors import PeerLost
 from dpmoe_trainer.parallel.collectives import Group, sum_in_place, tell
+from dpmoe_trainer.supervise import STARTUP_SECONDS
 
 _RETRY_SECONDS = 0.5
+_CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,19 @@ def _any_of(mine: bool) -> bool:
     return bool(votes.any())
 
 
-def meet(plan: ParallelPlan, device: torch.device, environment: Mapping[str, str]) -> Ranks:
+def meet(
+    plan: ParallelPlan,
+    device: torch.device,
+    environment: Mapping[str, str],
+    beat: Callable[[], None] = lambda: None,
+) -> Ranks:
     """Joins the other ranks of the plan.
 
     Args:
-        plan: how many there are, and how long to wait for them.
+        plan: how many there are, and how long to wait for them once they are there.
         device: where this rank computes.
         environment: torchrun's variables: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+        beat: called while it waits for others to start; to wait is no silence.
 
     Raises:
         PeerLost: they did not come in time.
@@ -89,8 +98,11 @@ def meet(plan: ParallelPlan, device: torch.device, environment: Mapping[str, str
         return ALONE
     rank, world = int(environment["RANK"]), plan.world
     timeout = timedelta(seconds=plan.timeout_seconds)
-    store = _store(rank, world, timeout, environment)
+    patience = _Patience(max(plan.timeout_seconds, STARTUP_SECONDS), beat)
+    store = _store(rank, timeout, environment, patience)
     try:
+        while not store.check([_joined(other) for other in range(world)]):
+            patience.wait(f"the {world} ranks did not meet")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -118,26 +130,48 @@ def part(ranks: Ranks) -> None:
         dist.destroy_process_group()
 
 
-def _store(rank: int, world: int, timeout: timedelta, environment: Mapping[str, str]) -> dist.Store:
+class _Patience:
+    """Waits for others a little at a time, and not for ever."""
+
+    def __init__(self, seconds: float, beat: Callable[[], None]) -> None:
+        self._seconds, self._beat = seconds, beat
+        self._end = time.monotonic() + seconds
+
+    def wait(self, problem: str, cause: Exception | None = None) -> None:
+        """Lets a moment pass.
+
+        Raises:
+            PeerLost: all the time has passed.
+        """
+        self._beat()
+        if time.monotonic() >= self._end:
+            raise PeerLost(f"{problem} within {self._seconds:g} s") from cause
+        time.sleep(_RETRY_SECONDS)
+
+
+def _joined(rank: int) -> str:
+    return f"joined/{rank}"
+
+
+def _store(
+    rank: int, timeout: timedelta, environment: Mapping[str, str], patience: _Patience
+) -> dist.Store:
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     # torchrun's agent serves the store itself, for each of its restarts anew.
-    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     prefix = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    end = time.monotonic() + timeout.total_seconds()
     while True:
-        left = timedelta(seconds=max(1.0, end - time.monotonic()))
         try:
+            if not serves:
+                # The store's own client would wait for its server without a beat.
+                socket.create_connection((host, port), _CONNECT_SECONDS).close()
             served = dist.TCPStore(
-                host, port, is_master=rank == 0 and not agent, timeout=left, wait_for_workers=False
+                host, port, is_master=serves, timeout=timeout, wait_for_workers=False
             )
             store = dist.PrefixStore(f"dpmoe/{prefix}", served)
-            if store.add(f"joined/{rank}", 1) == 1:
+            if store.add(_joined(rank), 1) == 1:
                 return store
             problem: Exception | None = None
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             problem = error
-        if time.monotonic() >= end:
-            raise PeerLost(
-                f"rank {rank} found no rank 0 that waits for it at {host}:{port} within {timeout}"
-            ) from problem
-        time.sleep(_RETRY_SECONDS)
+        patience.wait(f"rank {rank} found no rank 0 that waits for it at {host}:{port}", problem)

@@ -16,6 +16,7 @@ from dpmoe_operator.local.runner.guardian import MARK
 from dpmoe_trainer.contract import JobReference
 
 CLAIM = "saved"
+PATIENCE_SECONDS = 300.0
 VICTIMS = ("rank 0", "rank 1", "all ranks", "pod 0", "pod 1", "runner", "operator")
 """Whom a kill may hit: a rank's process, the process that started it, or who runs the cluster."""
 
@@ -53,7 +54,7 @@ class RunningJob:
 
         A machine with much else to do may lose an attempt more than a test takes from it.
         """
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not self.is_over():
             newest = len(self.attempts())
             if newest >= attempt and self.drawn(newest) >= step:
@@ -84,9 +85,9 @@ class RunningJob:
         """Its settlements in the ledger; more than one would be a payment too much."""
         return [s for s in self.world.records("settled") if s["job"]["uid"] == self.uid]
 
-    def end(self, *states: str) -> Any:
+    def end(self) -> Any:
         """Its status, once it has ended."""
-        return self.world.until_state(self.name, *(states or ("Completed", "Failed")))
+        return self.world.until_state(self.name, "Completed", "Failed", seconds=PATIENCE_SECONDS)
 
 
 def victims(job: RunningJob, victim: str) -> list[int]:

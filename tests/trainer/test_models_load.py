@@ -118,6 +118,13 @@ def test_a_pickle_beside_safetensors_is_not_read(folder):
     load_model(folder, 2)
 
 
+def test_weights_that_cannot_be_read_are_named_with_the_reason(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(UnusableModel, match=r"model\.safetensors cannot be read \(Too many levels"):
+        load_model(folder, 2)
+
+
 def test_an_index_must_point_to_safetensors_of_the_folder(folder):
     for shard in ("../other.safetensors", "pytorch_model.bin"):
         index = {"weight_map": {"score.weight": shard}}

@@ -8,6 +8,7 @@ Both are refused by name.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def inspect_folder(folder: Path) -> Path:
     config = _read_json(folder / "config.json", "a configuration")
     _refuse_code(folder, config)
     _require_safetensors(folder)
+    _require_readable(folder)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise UnusableModel(
             f"{folder} has no tokenizer: it needs tokenizer.json or its family's vocabulary file"
@@ -84,6 +86,21 @@ def _configurations(folder: Path, config: dict[str, Any]) -> list[tuple[str, dic
     if tokenizer.exists():
         found.append((tokenizer.name, _read_json(tokenizer, "a tokenizer configuration")))
     return found
+
+
+def _require_readable(folder: Path) -> None:
+    """Opens each file of weights: safetensors says of one it may not read that there is none.
+
+    It also writes files that only their owner may read, who is seldom the trainer's user.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise UnusableModel(
+                f"{path} cannot be read ({error.strerror}): let user {os.getuid()} read it, as by "
+                f"chmod a+r"
+            ) from error
 
 
 def _require_safetensors(folder: Path) -> None:

@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format crds clean help
+.PHONY: demo test test-node-trainer check format crds clean help
 
 help:
 	@echo "make demo    run the main job end to end on this machine, with real data"
 	@echo "make test    run all tests; the cluster tests on a real API server too, where one is found"
+	@echo "make test-node-trainer   build the trainer's image, and test it in containers (root, Debian)"
 	@echo "make check   lint, types, layers, and whether generated files are up to date"
 	@echo "make format  format the code"
 	@echo "make crds    generate crds/ and the chart's copy from the models"
@@ -17,6 +18,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+
+test-node-trainer: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/node -m trainer_image $(PYTEST_ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

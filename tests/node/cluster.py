@@ -59,7 +59,7 @@ class Node:
 
     def load(self, image: Path) -> None:
         """Give the node a container image."""
-        self._run("load", str(image))
+        self._run("load", str(image), timeout=300)
 
     def exec(self, *command: str, stdin: str | None = None, timeout: float = 60) -> str:
         """Run a command inside; what it printed."""

@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,22 +12,32 @@ from tests.node.image import build_image
 from tests.node.world import World
 
 
-@pytest.fixture(scope="session")
-def node() -> Iterator[Node]:
-    """A node with the trainer's image; it goes down whatever happens."""
-    if missing := lacking():
+@contextmanager
+def started(missing: Sequence[str] = ()) -> Iterator[Node]:
+    """A node that goes down whatever happens.
+
+    Args:
+        missing: what this machine lacks of what the tests need besides it.
+    """
+    if missing := [*lacking(), *missing]:
         reason = f"needs a node that runs containers; this machine lacks {', '.join(missing)}"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
     # Not below pytest's own folder: the node's sockets are in it, and their paths must be short.
-    directory = Path(tempfile.mkdtemp(prefix="dpmoe-node-"))
-    node = Node(directory)
+    node = Node(Path(tempfile.mkdtemp(prefix="dpmoe-node-")))
     try:
         node.up()
         yield node
     finally:
         node.down()
+
+
+@pytest.fixture(scope="session")
+def node() -> Iterator[Node]:
+    """The node that the tests with the stand-in trainer share."""
+    with started() as node:
+        yield node
 
 
 @pytest.fixture(scope="session")

@@ -106,12 +106,20 @@ def job(name: str, *, model: str = "sleeps", steps: int = 5000, **spec: Any) -> 
 
 
 class World:
-    """A node with the world's objects in it, and the operator that serves them."""
+    """A node with the world's objects in it, and the operator that serves them.
+
+    Attributes:
+        image: the operator's own trainer image.
+        claims: what the owner has, each a folder of the node.
+    """
+
+    image = IMAGE
+    claims: tuple[str, ...] = ("notes", "models", "results")
 
     def __init__(self, node: Node, folder: Path) -> None:
         self.node = node
         self.results = folder / "results"
-        self._folder = folder
+        self.folder = folder
         self._log = folder / "operator.log"
         self._operator: subprocess.Popen[bytes] | None = None
 
@@ -125,16 +133,24 @@ class World:
             {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
             for name in (SYSTEM, OWNER, TEAM)
         ]
-        (self._folder / "anchor").mkdir()
-        claims = []
-        for claim in ("notes", "models", "results"):
-            folder = self._folder / claim
+        (self.folder / "anchor").mkdir()
+        volumes = []
+        for claim in self.claims:
+            folder = self.folder / claim
             folder.mkdir()
-            claims += volume(claim, folder)
+            volumes += volume(claim, folder)
+        self.fill()
+        self.apply(*spaces, *volumes, self.block())
+
+    def fill(self) -> None:
+        """Put data into the claims, and open those that trainers write to."""
         self.results.chmod(0o777)
         rows = "".join(f'{{"text": "note {i}", "label": {i % 2}}}\n' for i in range(ROWS))
-        (self._folder / "notes" / "train.jsonl").write_text(rows)
-        self.apply(*spaces, *claims, block())
+        (self.folder / "notes" / "train.jsonl").write_text(rows)
+
+    def block(self) -> Object:
+        """The owner's block."""
+        return block()
 
     def start_operator(self, stack: ExitStack) -> None:
         """Start the operator; it ends with the node."""
@@ -142,8 +158,8 @@ class World:
         self._operator = self.node.start(
             sys.executable,
             *("-m", "dpmoe_operator.cli.main", "operator"),
-            *("--namespace", SYSTEM, "--trainer-image", IMAGE),
-            *("--anchor", str(self._folder / "anchor")),
+            *("--namespace", SYSTEM, "--trainer-image", self.image),
+            *("--anchor", str(self.folder / "anchor")),
             log=log,
         )
         stack.callback(self._operator.wait, 30)
@@ -162,10 +178,13 @@ class World:
         """As `kubectl delete pod`, without waiting until it is gone."""
         self.node.kubectl("delete", "pod", name, "-n", OWNER, "--wait=false", *flags)
 
+    def job(self, name: str) -> Object:
+        """A DPMoEJob."""
+        return self._get("dpmoejob", name, "-n", TEAM)
+
     def status(self, name: str) -> Object:
         """The status of a DPMoEJob."""
-        found = self._get("dpmoejob", name, "-n", TEAM).get("status") or {}
-        return dict(found)
+        return dict(self.job(name).get("status") or {})
 
     def block_status(self) -> Object:
         """The status of the block."""
@@ -202,14 +221,16 @@ class World:
         assert granted is not None
         return granted, settled
 
-    def until_status(self, name: str, holds: Callable[[Object], Any], what: str) -> Object:
+    def until_status(
+        self, name: str, holds: Callable[[Object], Any], what: str, seconds: float = 60
+    ) -> Object:
         """Wait until the status of a job is as wanted; the status."""
 
         def found() -> Object | None:
             status = self.status(name)
             return status if holds(status) else None
 
-        status: Object = self.until(found, f"{name} {what}")
+        status: Object = self.until(found, f"{name} {what}", seconds)
         return status
 
     def _get(self, *arguments: str) -> Object:

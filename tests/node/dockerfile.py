@@ -87,8 +87,10 @@ class Builder:
         """Remove what was built of all stages but some, and all that was built of other files."""
         names = {f"{name}-{self.digest(name)}" for name in kept}
         for folder in self._folder.iterdir():
-            if folder.is_dir() and folder.name not in names:
-                shutil.rmtree(folder)
+            if folder.name not in names:
+                # Not under its name while it is no longer whole.
+                doomed = folder.rename(folder.with_name(f".{folder.name.lstrip('.')}"))
+                subprocess.run(["rm", "--recursive", "--force", doomed], check=True)
 
     def _base(self) -> Stage:
         root = self._folder / f"base-{self.digest('base')}"

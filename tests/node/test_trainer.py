@@ -117,7 +117,7 @@ def test_two_pods_share_the_experts_and_leave_one_model(world: TrainerWorld) -> 
 def test_pod_killed_for_memory_goes_on_and_is_charged_once(
     world: TrainerWorld, workers: int, victim: int
 ) -> None:
-    name, steps = f"killed-{victim}-of-{workers}", 1200 // workers**2
+    name, steps = f"killed-{victim}-of-{workers}", 300 // workers
     world.apply(training(name, workers=workers, steps=steps))
     world.until(lambda: past_a_checkpoint(world, name), f"{name} is past a checkpoint", 180)
     [pod] = [pod for pod in world.pods(name) if index_of(pod) == victim]

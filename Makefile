@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/dpmoe demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-node-trainer: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/node -m trainer_image $(PYTEST_ARGS)

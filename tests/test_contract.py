@@ -28,8 +28,8 @@ from dpmoe_trainer.contract import (
     Progress,
     TrainingPlan,
     TrainingReport,
-    may_have_run_before,
 )
+from dpmoe_trainer.environment import earlier_pods
 
 JOB = JobReference(namespace="team-a", name="train", uid="u")
 
@@ -239,4 +239,4 @@ def test_contract_needs_no_heavy_library() -> None:
 def test_pod_knows_whether_there_may_have_been_another(
     environment: dict[str, str], expected: bool
 ) -> None:
-    assert may_have_run_before(environment) is expected
+    assert (earlier_pods(environment) > 0) is expected

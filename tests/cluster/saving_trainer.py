@@ -18,8 +18,8 @@ from dpmoe_trainer.contract import (
     Outcome,
     TrainingPlan,
     TrainingReport,
-    may_have_run_before,
 )
+from dpmoe_trainer.environment import earlier_pods
 
 ROOT = Path(os.environ[Environment.ROOT])
 HOLD_STEP = 3
@@ -42,7 +42,7 @@ def main() -> int:
     state = {"attempts": [], "steps": 0}
     if journal.exists():
         state = json.loads(journal.read_text())
-    elif rank == 0 and may_have_run_before(os.environ):
+    elif rank == 0 and earlier_pods(os.environ):
         report(plan, Outcome.REFUSED, state)
         return ExitCode.JOURNAL_LOST
     while rank != 0:

@@ -66,7 +66,7 @@ def test_a_run_leaves_a_model_that_transformers_loads_and_a_report_that_proves_i
 def test_token_ids_train_what_their_text_would(
     trainer: Trainer, make_plan: PlanMaker, tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpmoe_trainer.train.NoiseKey", lambda: NoiseKey(bytes(32)))
+    monkeypatch.setattr("dpmoe_trainer.resume.NoiseKey", lambda secret=bytes(32): NoiseKey(secret))
     tokenizer = AutoTokenizer.from_pretrained(tiny_mixtral)
     plan = make_plan(training__maxTokens=5)
     assert trainer.run(plan).code == ExitCode.COMPLETED
@@ -278,10 +278,10 @@ def test_in_a_pod_the_environment_names_everything(
 def test_a_crash_reports_the_steps_but_not_the_errors_text(
     trainer: Trainer, make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def choke(*arguments: Any) -> dict[str, torch.Tensor]:
+    def choke(*arguments: Any, **more: Any) -> dict[str, torch.Tensor]:
         if arguments[-1] == 1:
             raise ValueError(f"cannot digest {SECRET}")
-        return add_noise(*arguments)
+        return add_noise(*arguments, **more)
 
     monkeypatch.setattr("dpmoe_trainer.train.add_noise", choke)
     run = trainer.run(make_plan())

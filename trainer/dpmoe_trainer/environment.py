@@ -130,15 +130,21 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         progress_port=environment.get(Environment.PROGRESS_PORT) or None,
         root=root,
         pod_uid=environment.get(Environment.POD_UID) or None,
-        failures=_earlier_pods(environment),
+        failures=earlier_pods(environment),
         worker=_worker(environment),
         pod=_pod(environment),
         heartbeat=_number(environment, Environment.HEARTBEAT),
     )
 
 
-def _earlier_pods(environment: Mapping[str, str]) -> int:
-    """By Kubernetes' counts, and by the operator's word where a suspended Job forgot these."""
+def earlier_pods(environment: Mapping[str, str]) -> int:
+    """How many earlier pods of this index, at least, may have started; then there is a journal.
+
+    By Kubernetes' counts, and by the operator's word where a suspended Job forgot these.
+
+    Raises:
+        BadPlan: a count is no number.
+    """
     counts = (
         _number(environment, name, 0) for name in (Environment.FAILURES, Environment.DISRUPTIONS)
     )

@@ -112,6 +112,9 @@ def go_on():
     while True:
         beat()
         time.sleep(0.02)
+def wait_for_all():
+    while not all(os.path.exists(f"{folder}/{other}") for other in range(3)):
+        time.sleep(0.01)
 def stop(*_):
     note("term")
     sys.exit(143)
@@ -172,12 +175,16 @@ def test_ranks_get_torchruns_variables(ranks: Ranks) -> None:
 
 
 def test_a_failed_rank_stops_the_others_and_its_code_is_told(ranks: Ranks) -> None:
-    assert ranks.run("if rank == '1': sys.exit(6)\ngo_on()") == (ExitCode.BAD_DATA, "")
+    assert ranks.run("if rank == '1': wait_for_all(); sys.exit(6)\ngo_on()") == (
+        ExitCode.BAD_DATA,
+        "",
+    )
     assert ranks.notes(0)[1:] == ranks.notes(2)[1:] == ["term"]
 
 
 def test_a_rank_that_does_not_end_in_grace_is_killed(ranks: Ranks) -> None:
-    code = "if rank == '1': sys.exit(1)\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ngo_on()"
+    code = "if rank == '1': wait_for_all(); sys.exit(1)\n"
+    code += "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ngo_on()"
     started = time.monotonic()
     assert ranks.run(code)[0] is ExitCode.CRASHED
     assert time.monotonic() - started < 30

@@ -29,6 +29,9 @@ TARGET_ONLY = "target only"
 Quick = Annotated[bool, typer.Option("--quick", help="Small sizes: less than 90 seconds in all.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is drawn at random.")]
+Turns = Annotated[int, typer.Option(help="How often each way is timed.")]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="In float32, or bfloat16 on GPUs.")]
+Markdown = Annotated[Path | None, typer.Option(help="Write the page to this file.")]
 
 _console = Console(width=None if sys.stdout.isatty() else 160)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,18 @@ if not __package__:
     # Run as a script: Python has put this folder first, where the package is not to be found.
     sys.path[0] = str(Path(__file__).parents[1])
 
-from benchmarks.common import ROOT, Json, Quick, Recorder, Seed, note, report
+from benchmarks.common import (
+    ROOT,
+    Device,
+    Json,
+    Markdown,
+    Quick,
+    Recorder,
+    Seed,
+    Turns,
+    note,
+    report,
+)
 from benchmarks.distributed_paper import as_markdown
 from benchmarks.distributed_peers import plain_parallel_step
 from benchmarks.page import heading, targets
@@ -53,10 +64,6 @@ expert's over the ranks, after the backward pass. A turn's time is the slower ra
 
 Bytes are what a rank gives to collectives in one step, its own part included.
 """
-
-Turns = Annotated[int, typer.Option(help="How often each way is timed.")]
-Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="In float32, or bfloat16 on GPUs.")]
-Markdown = Annotated[Path | None, typer.Option(help="Write the page to this file.")]
 
 
 def main(

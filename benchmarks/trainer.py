@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
@@ -19,7 +19,18 @@ if not __package__:
     # Run as a script: Python has put this folder first, where the package is not to be found.
     sys.path[0] = str(Path(__file__).parents[1])
 
-from benchmarks.common import ROOT, Json, Quick, Recorder, Seed, note, report
+from benchmarks.common import (
+    ROOT,
+    Device,
+    Json,
+    Markdown,
+    Quick,
+    Recorder,
+    Seed,
+    Turns,
+    note,
+    report,
+)
 from benchmarks.trainer_memory import peak_bytes
 from benchmarks.trainer_models import (
     Place,
@@ -63,9 +74,6 @@ SHAPES = {
 TINY = Shape(8, 32, 64, 128, 4, 2, 2)
 
 Threads = Annotated[int | None, typer.Option(help="Threads; all cores by default.")]
-Turns = Annotated[int, typer.Option(help="How often each way is timed.")]
-Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="In float32, or bfloat16 on a GPU.")]
-Markdown = Annotated[Path | None, typer.Option(help="Write the page to this file.")]
 
 
 def main(

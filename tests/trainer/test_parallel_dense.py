@@ -8,13 +8,11 @@ import torch
 from tests.trainer.families import FAMILIES, build, make_batch, rows
 from tests.trainer.oracle import median_norm
 from tests.trainer.processes import run_ranks
-from tests.trainer.test_parallel_sums import FUSED, SPLITS, tolerance
+from tests.trainer.test_parallel_sums import FUSED, SPLITS, WAYS, tolerance
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from dpmoe_trainer.dp import clipped_sum, engine, tape
-from dpmoe_trainer.dp.balancing import ReleasedLoad, SequenceBalancing
-from dpmoe_trainer.dp.clipping import Automatic, PerGroup
 from dpmoe_trainer.errors import PeerLost
 from dpmoe_trainer.parallel.dense import (
     DenseShard,
@@ -96,16 +94,7 @@ def test_with_gradient_checkpointing(family):
     check(model, batch, "FSDP 2" if family not in FUSED else "FSDP 4, EP 2")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        lambda model: {"clipping": PerGroup()},
-        lambda model: {"clipping": Automatic()},
-        lambda model: {"balancing": SequenceBalancing(model, 1.0, 0.5).loss},
-        lambda model: {"loads": ReleasedLoad(model, 1.0, 6.0, 0.1, "loss").loads},
-    ],
-    ids=["per group", "automatic", "balancing loss", "loads"],
-)
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_ways_of_clipping_and_balancing(options):
     model = build("mixtral-lm")
     check(model, make_batch(model, 6, 5), "FSDP 4, EP 2", options=options)

@@ -18,6 +18,14 @@ FUSED = [name for name in FAMILIES if "switch" not in name and "lora" not in nam
 LAYOUTS = {"EP 2": (2, 2), "EP 4": (4, 4), "DP 2": (2, 1), "DP 2 x EP 2": (4, 2)}
 """World and ranks that share the experts."""
 
+WAYS = {
+    "per group": lambda model: {"clipping": PerGroup()},
+    "automatic": lambda model: {"clipping": Automatic()},
+    "balancing loss": lambda model: {"balancing": SequenceBalancing(model, 1.0, 0.5).loss},
+    "loads": lambda model: {"loads": ReleasedLoad(model, 1.0, 6.0, 0.1, "loss").loads},
+}
+"""Ways of clipping and balancing, as `clipped_sum` takes them for a model."""
+
 # Of six samples; the last rank but one of four has none.
 SPLITS = {2: [slice(0, 4), slice(4, 6)], 4: [slice(0, 1), slice(1, 5), slice(5, 5), slice(5, 6)]}
 
@@ -74,16 +82,7 @@ def test_as_many_samples_as_tokens_need_a_row_more():
     check_layout(model, make_batch(model, 6, 4), "EP 2", 1e-12)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        lambda model: {"clipping": PerGroup()},
-        lambda model: {"clipping": Automatic()},
-        lambda model: {"balancing": SequenceBalancing(model, 1.0, 0.5).loss},
-        lambda model: {"loads": ReleasedLoad(model, 1.0, 6.0, 0.1, "loss").loads},
-    ],
-    ids=["per group", "automatic", "balancing loss", "loads"],
-)
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_ways_of_clipping_and_balancing(options):
     model = build("mixtral-lm")
     check_layout(model, make_batch(model, 6, 5), "DP 2 x EP 2", 1e-12, options)

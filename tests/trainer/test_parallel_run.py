@@ -51,6 +51,8 @@ class World:
     port: int = field(default_factory=free_port)
     attempt: int = 0
     ranks: list[subprocess.Popen[str]] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    """Where each rank works, if not where the tests do."""
 
     @property
     def output(self) -> Path:
@@ -66,6 +68,7 @@ class World:
         self.ranks = [
             subprocess.Popen(
                 command,
+                cwd=self.folders[rank] if self.folders else None,
                 env=os.environ
                 | {
                     "OMP_NUM_THREADS": "1",
@@ -162,6 +165,27 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_two_and_with_one(
     # Sums in another order differ in their last bits, and AdamW's first steps enlarge these.
     for name, value in one.items():
         assert float((value - other[name]).abs().max()) < 2e-3, name
+
+
+def test_ranks_that_read_different_tables_take_no_step(
+    make_plan: PlanMaker, tmp_path: Path
+) -> None:
+    volume = tmp_path / "volume"
+    world = World(tmp_path / "run", plan_for(make_plan, volume, 2, 2))
+    [data] = [block["data"] for block in world.plan["blocks"]]
+    table = Path(data["path"])
+    data["path"] = "/proc/self/cwd/table.jsonl"
+    world.folders = [tmp_path / "0", tmp_path / "1"]
+    for rank, folder in enumerate(world.folders):
+        folder.mkdir()
+        # The second has a row less.
+        lines = table.read_text().splitlines()[rank:]
+        (folder / "table.jsonl").write_text("\n".join(lines))
+    world.start()
+    assert world.wait() == [ExitCode.BAD_DATA] * 2, world.words
+    report = world.report()
+    assert "different rows" in report.message
+    assert report.mechanism.steps == 0
 
 
 def test_torchrun_needs_nothing_but_the_plan(

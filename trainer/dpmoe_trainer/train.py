@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import nn
 
+from dpmoe_trainer.checkpoint import Peers
 from dpmoe_trainer.contract import BlockPlan, DataPlan, Evaluation, TrainingPlan
 from dpmoe_trainer.data.rows import Lower, Rows
 from dpmoe_trainer.data.tables import Table, read_table
@@ -25,7 +26,7 @@ from dpmoe_trainer.data.units import load_units
 from dpmoe_trainer.dp.noise import add_noise
 from dpmoe_trainer.dp.sampling import poisson_draw
 from dpmoe_trainer.environment import Settings
-from dpmoe_trainer.errors import BadModel
+from dpmoe_trainer.errors import BadData, BadModel
 from dpmoe_trainer.evaluate import evaluate
 from dpmoe_trainer.journal import Journal
 from dpmoe_trainer.machine import memory
@@ -101,6 +102,7 @@ def train(
     table, units = load_units(_blocks(plan, settings), plan.model.labels, vocabulary)
     cache_bytes = memory() // (CACHE_SHARE * plan.parallel.processes)
     private_rows = _rows(table, loaded, training.max_tokens, loaded.lower, cache_bytes)
+    require_same_rows(run.ranks, units.digest(private_rows.sizes))
     public_rows = None
     if plan.evaluation is not None:
         table = _evaluation_table(plan, settings, vocabulary)
@@ -143,8 +145,8 @@ def train(
         board.enter("Evaluating")
         evaluation = evaluate(model, public_rows, training.physical_batch, ranks, board.beat)
 
-    board.enter("Saving")
     if plan.output is not None or settings.output is not None:
+        board.enter("Saving")
         run.begin_saving()
         gather(model, keep=ranks.first)
     if target is not None:
@@ -161,6 +163,19 @@ def _spread(model: nn.Module, ranks: Ranks, dense: bool) -> Spread:
         return spread(model, ranks, dense)
     except NotShardable as error:
         raise BadModel(f"parallel: {error}") from error
+
+
+def require_same_rows(ranks: Peers, digest: str) -> None:
+    """Refuses ranks that read different tables: a row that is drawn by two counts twice.
+
+    Raises:
+        BadData: a rank's digest is not that of rank 0; on all ranks.
+    """
+    if ranks.any_of(ranks.from_first(digest) != digest):
+        raise BadData(
+            "blocks: the ranks read different rows from the blocks' tables, so one row could be "
+            "drawn twice; have all pods read one volume, and do not change it while a job runs"
+        )
 
 
 def _blocks(plan: TrainingPlan, settings: Settings) -> tuple[BlockPlan, ...]:

@@ -12,6 +12,7 @@ rate and the divisor of the noised sum. Were it wrong, the model would learn wor
 would be what it was: the sampling rate is the plan's, whatever the number of units is.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import overload
 
@@ -54,6 +55,11 @@ class Units(Sequence[Unit]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         return tuple(self._rows[self._starts[index] : self._starts[index + 1]].tolist())
+
+    def digest(self, sizes: npt.NDArray[np.signedinteger]) -> str:
+        """SHA-256 of which rows each unit has, and how long all rows are; private, as these are."""
+        content = np.concatenate([self._rows, self._starts, sizes]).astype(np.int64)
+        return hashlib.sha256(content.data).hexdigest()
 
 
 def load_units(

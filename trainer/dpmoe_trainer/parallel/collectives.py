@@ -102,12 +102,6 @@ def tell(content: Any) -> Any:
     return box[0]
 
 
-def wait_for_all() -> None:
-    """Returns once every rank has come here."""
-    with listening("a meeting of the ranks"):
-        dist.barrier()
-
-
 def exchange(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
     """Rows to and from each rank of the group; differentiable, the gradients go the way back.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -22,9 +22,9 @@ class Spread:
         parts: both, as checkpoints keep them.
     """
 
-    first_experts: dict[str, int] = field(default_factory=dict)
-    offsets: dict[str, int] = field(default_factory=dict)
-    parts: dict[str, Part] = field(default_factory=dict)
+    first_experts: dict[str, int]
+    offsets: dict[str, int]
+    parts: dict[str, Part]
 
 
 def spread(model: nn.Module, ranks: Ranks, dense: bool) -> Spread:

@@ -102,7 +102,9 @@ def train(
     table, units = load_units(_blocks(plan, settings), plan.model.labels, vocabulary)
     cache_bytes = memory() // (CACHE_SHARE * plan.parallel.processes)
     private_rows = _rows(table, loaded, training.max_tokens, loaded.lower, cache_bytes)
-    require_same_rows(run.ranks, units.digest(private_rows.sizes))
+    if not ranks.alone:
+        content = [column.digest() for column in table.content.columns]
+        require_same_rows(ranks.peers, [*content, units.digest()])
     public_rows = None
     if plan.evaluation is not None:
         table = _evaluation_table(plan, settings, vocabulary)
@@ -165,13 +167,13 @@ def _spread(model: nn.Module, ranks: Ranks, dense: bool) -> Spread:
         raise BadModel(f"parallel: {error}") from error
 
 
-def require_same_rows(ranks: Peers, digest: str) -> None:
+def require_same_rows(ranks: Peers, digests: list[str]) -> None:
     """Refuses ranks that read different tables: a row that is drawn by two counts twice.
 
     Raises:
-        BadData: a rank's digest is not that of rank 0; on all ranks.
+        BadData: a rank's digests are not those of rank 0; on all ranks.
     """
-    if ranks.any_of(ranks.from_first(digest) != digest):
+    if ranks.any_of(ranks.from_first(digests) != digests):
         raise BadData(
             "blocks: the ranks read different rows from the blocks' tables, so one row could be "
             "drawn twice; have all pods read one volume, and do not change it while a job runs"

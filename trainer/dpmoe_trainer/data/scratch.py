@@ -6,6 +6,7 @@ what a draw does not name is not read. The file has no name from the start, so n
 it, and it is gone with the process, however that ends.
 """
 
+import hashlib
 import mmap
 import tempfile
 from collections.abc import Sequence
@@ -32,14 +33,20 @@ class ScratchColumn:
         is_text: which of the two.
     """
 
-    def __init__(self, file: pa.RecordBatchFileReader, starts: list[int], sizes: Sizes) -> None:
+    def __init__(self, mapped: mmap.mmap, starts: list[int], sizes: Sizes) -> None:
+        file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped)))
         self.sizes = sizes
         self.is_text = file.schema.field(_COLUMN).type == TEXT
+        self._mapped = mapped
         self._file = file
         self._starts = np.array(starts, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def digest(self) -> str:
+        """SHA-256 of all rows; reads them all, and is as private as they are."""
+        return hashlib.sha256(self._mapped).hexdigest()
 
     def texts(self, rows: Sequence[int]) -> list[str]:
         """The texts of these rows."""
@@ -97,8 +104,7 @@ class ScratchWriter:
         mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         mapped.madvise(mmap.MADV_RANDOM)
         self._file.close()  # the mapping keeps what it maps
-        file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped)))
-        return ScratchColumn(file, self._starts[:-1], np.concatenate(self._sizes))
+        return ScratchColumn(mapped, self._starts[:-1], np.concatenate(self._sizes))
 
 
 class Content:

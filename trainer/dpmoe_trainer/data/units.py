@@ -56,10 +56,9 @@ class Units(Sequence[Unit]):
             raise IndexError(index)
         return tuple(self._rows[self._starts[index] : self._starts[index + 1]].tolist())
 
-    def digest(self, sizes: npt.NDArray[np.signedinteger]) -> str:
-        """SHA-256 of which rows each unit has, and how long all rows are; private, as these are."""
-        content = np.concatenate([self._rows, self._starts, sizes]).astype(np.int64)
-        return hashlib.sha256(content.data).hexdigest()
+    def digest(self) -> str:
+        """SHA-256 of which rows each unit has; as private as that is."""
+        return hashlib.sha256(np.concatenate([self._rows, self._starts]).data).hexdigest()
 
 
 def load_units(

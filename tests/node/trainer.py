@@ -5,6 +5,7 @@ one without torch, whose model tells what a step does: it `sleeps` for a moment,
 longer than anybody waits, or `grows` until the run is killed.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -65,7 +66,15 @@ def provide(name: str, **content: object) -> None:
     sys.modules[name] = module
 
 
+def be_a_rank() -> None:
+    """Be the one rank of one of several pods: a supervisor would start the real trainer."""
+    if int(os.environ.get("PET_NNODES", "1")) > 1:
+        os.environ["RANK"] = os.environ["PET_NODE_RANK"]
+        os.environ["WORLD_SIZE"] = os.environ["PET_NNODES"]
+
+
 if __name__ == "__main__":
+    be_a_rank()
     provide("dpmoe_trainer.train", train=train)
     provide("dpmoe_trainer.dp.accounting", spent=spent)
     sys.exit(main(sys.argv[1:]))

@@ -4,8 +4,11 @@ Checks go from cheap to costly: the plan alone, then the place for the model, th
 of them sees data, so every refusal here costs no privacy, and its text may quote foreign errors.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import environ
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,11 +20,18 @@ from dpmoe_trainer.dp.accounting import AccountingMismatch, check_plan
 from dpmoe_trainer.dp.balancing import Balancing, ReleasedLoad, SequenceBalancing
 from dpmoe_trainer.dp.clipping import FLAT, Automatic, Clipping, Group, PerGroup
 from dpmoe_trainer.environment import Settings
-from dpmoe_trainer.errors import BadModel, BadPlan, UncoveredMechanism
+from dpmoe_trainer.errors import BadModel, BadPlan, PeerLost, UncoveredMechanism
 from dpmoe_trainer.machine import keep_freed_memory, processors
+from dpmoe_trainer.methods.check import check_ranks
 from dpmoe_trainer.models import load_model, load_tokenizer, select_trainable, upcycle
 from dpmoe_trainer.models.load import resolve
 from dpmoe_trainer.models.lora import add_lora
+from dpmoe_trainer.parallel.hand_out import outline
+from dpmoe_trainer.parallel.ranks import ALONE, Ranks
+from dpmoe_trainer.parallel.shards import NotShardable
+from dpmoe_trainer.parallel.spread import Spread, spread
+
+_HOST = torch.device("cpu")
 
 
 def check_mechanism(plan: TrainingPlan) -> None:
@@ -56,16 +66,18 @@ class LoadedModel:
     """A model that is ready to train.
 
     Attributes:
-        model: on its device, with exactly the plan's parameters trainable.
+        model: on its device, with exactly the plan's parameters trainable; this rank's part of it.
+        here: which part that is.
         tokenizer: its tokenizer, with a padding token.
         device: where it computes.
         lower: its frozen lower part, if it has one whose outputs may be computed once.
-        size: bytes of its parameters and buffers.
+        size: bytes of the whole model's parameters and buffers.
         clipping: how its gradients are clipped.
         balancing: what keeps its experts evenly used.
     """
 
     model: PreTrainedModel
+    here: Spread
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     lower: Lower | None
@@ -83,40 +95,100 @@ def device_of(settings: Settings) -> torch.device:
     return device
 
 
-def load(plan: TrainingPlan, settings: Settings, device: torch.device) -> LoadedModel:
+def load(
+    plan: TrainingPlan, settings: Settings, device: torch.device, ranks: Ranks = ALONE
+) -> LoadedModel:
     """Loads the pretrained model, and has the engine prove itself on made-up tokens.
 
+    Rank 0 reads it and proves it whole; then the ranks share it and prove themselves together. All
+    of them call this together.
+
     Raises:
-        BadModel: it cannot be loaded, does not fit the plan, or cannot be clipped.
+        BadModel: it cannot be loaded, does not fit the plan, cannot be clipped, or not be shared.
     """
     if "OMP_NUM_THREADS" not in environ:
         torch.set_num_threads(max(1, processors() // plan.parallel.processes))
     keep_freed_memory()
+    model, tokenizer = _same_on_all(plan, settings, device if ranks.alone else _HOST, ranks)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with _refusing():
+        here = spread(model, ranks, plan.parallel.shard_dense, device)
+        clipping, balancing = clipping_of(plan), balancing_of(plan, model)
+        if not ranks.alone:
+            check_ranks(model, ranks, clipping, balancing)
+    return LoadedModel(
+        model=model,
+        here=here,
+        tokenizer=tokenizer,
+        device=device,
+        lower=None if plan.parallel.shard_dense else _frozen_part(model, plan.parallel),
+        size=size,
+        clipping=clipping,
+        balancing=balancing,
+    )
+
+
+def _same_on_all(
+    plan: TrainingPlan, settings: Settings, device: torch.device, ranks: Ranks
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, whole and proven on rank 0 and as an outline on the others; and its tokenizer.
+
+    Raises:
+        BadModel: rank 0 refused it; on all ranks.
+    """
+    model: PreTrainedModel | None = None
+    told: tuple[type[PreTrainedModel], Any, PreTrainedTokenizerBase] | None = None
+    problem: Exception | None = None
+    if ranks.first:
+        try:
+            with _refusing():
+                read, tokenizer = _read(plan, settings)
+                told = type(read), read.config, tokenizer
+                model = _trainable(read, plan.model).to(device)
+                _prove(model, plan)
+        except (BadPlan, BadModel) as error:
+            problem = error
+    told, refused = ranks.peers.from_first((told, problem is not None))
+    if problem is not None:
+        raise problem
+    if refused or told is None:
+        raise BadModel("model: rank 0 refused it; its report says why")
+    kind, config, tokenizer = told
+    if model is None:
+        with _refusing():
+            model = _trainable(outline(kind, config), plan.model)
+    return model, tokenizer
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turns whatever is wrong with a model into a refusal; no data was seen, so it may be told."""
+    try:
+        yield
+    except (BadPlan, PeerLost):
+        raise
+    except NotShardable as error:
+        raise BadModel(f"parallel: {error}") from error
+    except Exception as error:
+        raise BadModel(f"model: {error or type(error).__name__}") from error
+
+
+def _read(
+    plan: TrainingPlan, settings: Settings
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # What is fresh in the model (router, head) comes from the plan, so a plan names its start.
     # Noise and sampling have a secret key of their own.
     # By the run, since it may go on with other ranks.
     seed = int(plan.run_digest()[:8], 16)
     torch.manual_seed(seed)
-    try:
-        model, tokenizer = _load(plan.model, settings, seed)
-        _check_sizes(model, tokenizer, plan.training.max_tokens)
-        model = _trainable(model, plan.model)
-        model.to(device)
-        clipping, balancing = clipping_of(plan), balancing_of(plan, model)
-        check_model(model, clipping=clipping, loads=balancing.loads, balancing=balancing.loss)
-    except BadPlan:
-        raise
-    except Exception as error:
-        raise BadModel(f"model: {error or type(error).__name__}") from error
-    return LoadedModel(
-        model=model,
-        tokenizer=tokenizer,
-        device=device,
-        lower=None if plan.parallel.shard_dense else _frozen_part(model, plan.parallel),
-        size=sum(tensor.nbytes for tensor in model.state_dict().values()),
-        clipping=clipping,
-        balancing=balancing,
-    )
+    model, tokenizer = _load(plan.model, settings, seed)
+    _check_sizes(model, tokenizer, plan.training.max_tokens)
+    return model, tokenizer
+
+
+def _prove(model: PreTrainedModel, plan: TrainingPlan) -> None:
+    balancing = balancing_of(plan, model)
+    check_model(model, clipping=clipping_of(plan), loads=balancing.loads, balancing=balancing.loss)
 
 
 def _trainable(model: PreTrainedModel, plan: ModelPlan) -> PreTrainedModel:

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 
-from torch import nn
-
 from dpmoe_trainer.checkpoint import Peers
 from dpmoe_trainer.contract import BlockPlan, DataPlan, Evaluation, TrainingPlan
 from dpmoe_trainer.data.rows import Lower, Rows
@@ -26,16 +24,15 @@ from dpmoe_trainer.data.units import load_units
 from dpmoe_trainer.dp.noise import add_noise
 from dpmoe_trainer.dp.sampling import poisson_draw
 from dpmoe_trainer.environment import Settings
-from dpmoe_trainer.errors import BadData, BadModel
+from dpmoe_trainer.errors import BadData
 from dpmoe_trainer.evaluate import evaluate
 from dpmoe_trainer.journal import Journal
 from dpmoe_trainer.machine import memory
 from dpmoe_trainer.methods.dp_sgd import Updater, sum_clipped
 from dpmoe_trainer.models.lora import merged
 from dpmoe_trainer.output import open_target
-from dpmoe_trainer.parallel.ranks import Ranks, meet, part
-from dpmoe_trainer.parallel.shards import NotShardable
-from dpmoe_trainer.parallel.spread import Spread, gather, spread
+from dpmoe_trainer.parallel.ranks import meet, part
+from dpmoe_trainer.parallel.spread import gather
 from dpmoe_trainer.prepare import LoadedModel, check_mechanism, device_of, load
 from dpmoe_trainer.progress import ProgressBoard
 from dpmoe_trainer.resume import Run
@@ -91,11 +88,10 @@ def train(
     run = Run(plan, settings, board, stopping, journal, ranks.peers)
 
     target = open_target(plan.output, settings, again=run.saving) if ranks.first else None
-    loaded = load(plan, settings, device)
-    model, balancing = loaded.model, loaded.balancing
+    loaded = load(plan, settings, device, ranks)
+    model, here, balancing = loaded.model, loaded.here, loaded.balancing
     if target is not None:
         target.check_room(loaded.size)
-    here = _spread(model, ranks, plan.parallel.shard_dense)
     run.stop_if_asked()
 
     vocabulary = loaded.model.config.vocab_size
@@ -158,13 +154,6 @@ def train(
     board.enter("Done")
     part(ranks)
     return Trained(evaluation, output, run.notice)
-
-
-def _spread(model: nn.Module, ranks: Ranks, dense: bool) -> Spread:
-    try:
-        return spread(model, ranks, dense)
-    except NotShardable as error:
-        raise BadModel(f"parallel: {error}") from error
 
 
 def require_same_rows(ranks: Peers, digests: list[str]) -> None:

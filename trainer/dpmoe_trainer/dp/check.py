@@ -51,7 +51,7 @@ def check_model(
     Raises:
         NotPerSample: They differ, or `clipped_sum` refuses the model. Names the parameter.
     """
-    batch = _made_up_batch(model)
+    batch = made_up_batch(model)
     _check_routing(model, batch)
     _check_gradients(model, batch, tolerance)
     _check_alone(model, batch, Options(1.0, clipping, loads, balancing), tolerance)
@@ -105,7 +105,8 @@ def _own_gradients(
     return dict(zip(parameters, gradients, strict=True))
 
 
-def _made_up_batch(model: nn.Module) -> dict[str, Tensor]:
+def made_up_batch(model: nn.Module) -> dict[str, Tensor]:
+    """Three samples as `clipped_sum` takes them, always the same ones; the last is padded."""
     generator = torch.Generator().manual_seed(0)
     config: Any = model.config
     shape = (_SAMPLES, _unlike_any_width(model))

@@ -173,6 +173,28 @@ def clip_factors(
     return torch.stack([clipping.scale(norms, threshold) for norms, threshold in columns], 1)
 
 
+def squared_norms(
+    gradient: Mapping[str, Tensor],
+    groups: Groups,
+    shards: Mapping[str, Shard] | None = None,
+    dense: Collection[str] = (),
+) -> Tensor:
+    """The squared norm of each group of one gradient, [1, G]; arguments as of `clip_gradient`.
+
+    In double precision: float32 loses the small among many squares, and would clip too little.
+    """
+    squares = torch.zeros(1, len(groups.shares), dtype=torch.float64)
+    in_shards, in_rows = torch.zeros_like(squares), torch.zeros_like(squares)
+    for name, part in gradient.items():
+        total = in_shards if shards and name in shards else in_rows if name in dense else squares
+        total[0, groups.of[name]] += part.double().pow(2).sum().cpu()
+    if shards:
+        sum_in_place(in_shards, next(iter(shards.values())).group)
+    if dense:
+        sum_in_place(in_rows)
+    return squares + in_shards + in_rows
+
+
 def clip_gradient(
     gradient: dict[str, Tensor],
     clipping_norm: float,
@@ -194,17 +216,7 @@ def clip_gradient(
         The clipped gradient, exactly zero if the gradient is not finite; and whether it is.
     """
     groups = clipping.groups(gradient)
-    # In double precision: float32 loses the small among many squares, and would clip too little.
-    squares = torch.zeros(1, len(groups.shares), dtype=torch.float64)
-    in_shards, in_rows = torch.zeros_like(squares), torch.zeros_like(squares)
-    for name, part in gradient.items():
-        total = in_shards if shards and name in shards else in_rows if name in dense else squares
-        total[0, groups.of[name]] += part.double().pow(2).sum().cpu()
-    if shards:
-        sum_in_place(in_shards, next(iter(shards.values())).group)
-    if dense:
-        sum_in_place(in_rows)
-    squares += in_shards + in_rows
+    squares = squared_norms(gradient, groups, shards, dense)
     if not squares.isfinite().all():
         return {name: torch.zeros_like(part) for name, part in gradient.items()}, False
     factors = clip_factors(squares.sqrt(), clipping_norm, clipping, groups)[0].tolist()

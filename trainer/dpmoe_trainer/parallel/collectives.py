@@ -58,6 +58,25 @@ def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     return found
 
 
+def first_of(tensor: Tensor, group: Group = None) -> None:
+    """The tensor of the group's first rank, in place of the others'."""
+    with listening("a parameter from the first rank"):
+        dist.broadcast(tensor, group=group, group_src=0)
+
+
+def rows_of_first(own: Tensor, whole: Tensor | None, group: Group) -> None:
+    """Fills `own` with this rank's block of the rows of the group's first rank.
+
+    Args:
+        own: [rows, …], the same shape on all ranks.
+        whole: [ranks · rows, …] on the first rank; elsewhere None.
+        group: the ranks.
+    """
+    blocks = None if whole is None else list(whole.contiguous().split(len(own)))
+    with listening("experts from the first rank"):
+        dist.scatter(own, blocks, group=group, group_src=0)
+
+
 class GatherParameters:
     """What FSDP2 gathers parameters with, as `FSDPModule.set_custom_all_gather` takes it."""
 

@@ -178,7 +178,8 @@ def gather_dense(model: nn.Module, keep: bool) -> None:
     for name, shard in dense.shards.items():
         rows = shard.gathered()
         if keep:
-            whole = nn.Parameter(rows, requires_grad=shard.held.requires_grad)
+            # On the host: no device need have room for the whole model.
+            whole = nn.Parameter(rows.cpu(), requires_grad=shard.held.requires_grad)
             for module, own in places[name]:
                 setattr(module, own, whole)
     if keep:

@@ -3,6 +3,8 @@
 A fused experts module keeps its class and its names; its parameters lose the experts that other
 ranks hold, along their first dimension. What the module's shard is stands beside them, for the rule
 that computes it (`dp.rules.experts`) and for whoever writes the whole model down.
+
+The experts come from rank 0, parameter by parameter, so that no other rank ever holds them all.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dpmoe_trainer.parallel.collectives import Group, gather_rows
+from dpmoe_trainer.parallel.collectives import Group, first_of, gather_rows, rows_of_first
 from dpmoe_trainer.parallel.ranks import Ranks
 
 _ATTRIBUTE = "_dpmoe_shard"
+_CPU = torch.device("cpu")
 
 
 class NotShardable(Exception):
@@ -63,8 +67,13 @@ def sharded_parameters(model: nn.Module) -> dict[str, Shard]:
     }
 
 
-def shard_experts(model: nn.Module, ranks: Ranks) -> None:
-    """Keeps of every layer the experts of this rank, in place.
+def shard_experts(model: nn.Module, ranks: Ranks, device: torch.device = _CPU) -> None:
+    """Keeps of every layer the experts of this rank, in place; all ranks call this together.
+
+    Args:
+        model: whole on rank 0; of the others' experts, only the shapes matter.
+        ranks: who shares them.
+        device: where they go.
 
     Raises:
         NotShardable: a layer's experts are not fused, are wrapped, or are not divided evenly.
@@ -82,14 +91,15 @@ def shard_experts(model: nn.Module, ranks: Ranks) -> None:
         count = total // ranks.expert_ranks
         shard = Shard(ranks.expert_rank * count, count, total, ranks.expert_rank, ranks.experts)
         for parameter, value in list(module.named_parameters(recurse=False)):
-            _replace(module, parameter, value[shard.first : shard.first + count].clone())
+            _replace(module, parameter, _received(value, count, ranks, device))
         setattr(module, _ATTRIBUTE, shard)
 
 
 def gather_experts(model: nn.Module, keep: bool) -> None:
     """Gives every layer all its experts again, on the ranks that keep them.
 
-    All ranks call this together. Where `keep` is false, the shard stays as it is.
+    All ranks call this together. They are gathered to the host, since no device need have room for
+    them. Where `keep` is false, the shard stays as it is.
     """
     for module in [m for m in model.modules() if shard_of(m) is not None]:
         shard = shard_of(module)
@@ -97,9 +107,20 @@ def gather_experts(model: nn.Module, keep: bool) -> None:
         for parameter, value in list(module.named_parameters(recurse=False)):
             whole = gather_rows(value.detach(), shard.group)
             if keep:
-                _replace(module, parameter, whole)
+                _replace(module, parameter, whole.cpu())
         if keep:
             delattr(module, _ATTRIBUTE)
+
+
+def _received(value: Tensor, count: int, ranks: Ranks, device: torch.device) -> Tensor:
+    """This rank's experts: the row of rank 0 gets them from there, and each passes its own on."""
+    own = torch.empty(count, *value.shape[1:], dtype=value.dtype, device=device)
+    if ranks.rank < ranks.expert_ranks:
+        whole = value.detach().to(device) if ranks.first else None
+        rows_of_first(own, whole, ranks.experts)
+    if ranks.world > ranks.expert_ranks:
+        first_of(own, ranks.replicas)
+    return own
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

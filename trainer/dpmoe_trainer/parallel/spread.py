@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from dpmoe_trainer.checkpoint import Shard as Part
 from dpmoe_trainer.parallel.dense import dense_shards, gather_dense, offsets, shard_dense
+from dpmoe_trainer.parallel.hand_out import hand_out_rest, require_one_layout
 from dpmoe_trainer.parallel.ranks import Ranks
 from dpmoe_trainer.parallel.shards import gather_experts, shard_experts, sharded_parameters
 
@@ -27,18 +29,24 @@ class Spread:
     parts: dict[str, Part]
 
 
-def spread(model: nn.Module, ranks: Ranks, dense: bool) -> Spread:
-    """Leaves this rank its part of the model, in place; all ranks call this together.
+def spread(model: nn.Module, ranks: Ranks, dense: bool, device: torch.device) -> Spread:
+    """Gives this rank its part of the model, in place; all ranks call this together.
+
+    Before whatever holds on to parameters or buffers, which are new ones.
 
     Args:
-        model: whole, the same on all ranks.
+        model: whole on rank 0, on its host or its device; of the others, only its outline matters.
         ranks: who shares it.
         dense: whether also what is no expert is cut.
+        device: where the parts go.
 
     Raises:
         NotShardable: it cannot be spread so.
     """
-    shard_experts(model, ranks)
+    if not ranks.alone:
+        require_one_layout(model, ranks)
+        shard_experts(model, ranks, device)
+        hand_out_rest(model, ranks, device)
     if dense:
         shard_dense(model, ranks)
     experts = sharded_parameters(model)
@@ -53,6 +61,9 @@ def spread(model: nn.Module, ranks: Ranks, dense: bool) -> Spread:
 
 
 def gather(model: nn.Module, keep: bool) -> None:
-    """Gives the whole model to the ranks that keep it; all ranks call this together."""
+    """Gives the whole model to the ranks that keep it, in their hosts' memory.
+
+    All ranks call this together.
+    """
     gather_dense(model, keep)
     gather_experts(model, keep)

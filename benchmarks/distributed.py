@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ expert-parallel step without privacy (`benchmarks/distributed_peers.py`): the sa
 same way, weight gradients are autograd's, products are torch's grouped ones. Both sum what is no
 expert's over the ranks, after the backward pass. A turn's time is the slower rank's; medians.
 
-Bytes are what a rank gives to collectives in one step, its own part included.
+Bytes are what a rank gives to collectives in one step, its own part included. Time in exchanges is
+rank 0's, from giving its rows to having all that come, so waiting for the other rank is in it: no
+overlap of exchanges and computation could gain more.
 """
 
 
@@ -116,7 +119,7 @@ def _measure(
     ]
     for process in ranks:
         process.start()
-    times, sent = answers.get()
+    times, traffic = answers.get()
     for process in ranks:
         process.join()
     plain, private, alone = (statistics.median(times[way]) for way in ("plain", "private", "alone"))
@@ -129,6 +132,18 @@ def _measure(
         peer=private * 1000,
         peer_name="ms, of the ranks",
     )
+    shares = {
+        way: 100 * statistics.median(turn.seconds["tokens"] for turn in steps) / each
+        for (way, steps), each in zip(traffic.items(), (plain, private), strict=True)
+    }
+    out.add(
+        "private step, in exchanges of tokens",
+        shares["private"],
+        "% of its time",
+        peer=shares["plain"],
+        peer_name="%, of the step without privacy",
+    )
+    sent = {way: steps[-1].bytes for way, steps in traffic.items()}
     tokens = sent["private"]["tokens"]
     added = sum(sent["private"].values()) - sum(sent["plain"].values())
     out.add(
@@ -161,19 +176,19 @@ def _rank(
         "private": lambda: _private_step(model, mine, ranks),
     }
     times: dict[str, list[float]] = {"plain": [], "private": [], "alone": []}
-    sent: dict[str, Counter[str]] = {}
+    traffic: dict[str, list[Traffic]] = {"plain": [], "private": []}
     for turn in range(turns + 1):
         for name, step in ways.items():
             dist.barrier()
-            with counting() as bytes_sent:
+            with watched_traffic() as seen:
                 started = time.perf_counter()
                 step()
                 dist.barrier()
                 took = time.perf_counter() - started
             model.zero_grad(set_to_none=True)
-            sent[name] = bytes_sent
             if turn:
                 times[name].append(took)
+                traffic[name].append(seen)
         if rank == 0:
             torch.set_num_threads(threads)
             started = time.perf_counter()
@@ -183,7 +198,7 @@ def _rank(
             torch.set_num_threads(each)
         dist.barrier()
     if rank == 0:
-        answers.put((times, sent))
+        answers.put((times, traffic))
     part(ranks)
 
 
@@ -192,26 +207,40 @@ def _private_step(model: Any, batch: dict[str, torch.Tensor], ranks: Ranks) -> A
     return sum_over_ranks(sums, sharded_parameters(model), ranks)
 
 
+@dataclass
+class Traffic:
+    """What a rank gave to collectives, tokens' rows and all else, and how long these took."""
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+
+
 @contextmanager
-def counting() -> Iterator[Counter[str]]:
-    """Counts the bytes that this rank gives to collectives: tokens' rows, and all else."""
-    found: Counter[str] = Counter()
+def watched_traffic() -> Iterator[Traffic]:
+    """Watches this rank's collectives."""
+    seen = Traffic()
     names = ("all_to_all_single", "all_reduce", "all_gather_single")
     before = {name: getattr(dist, name) for name in names}
 
-    def counted(name: str) -> Callable[..., Any]:
+    def watched(name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
             given = arguments[0] if name == "all_reduce" else arguments[1]
             tokens = name == "all_to_all_single" and given.is_floating_point()
-            found["tokens" if tokens else "other"] += given.nbytes
-            return before[name](*arguments, **keywords)
+            kind = "tokens" if tokens else "other"
+            seen.bytes[kind] += given.nbytes
+            started = time.perf_counter()
+            done = before[name](*arguments, **keywords)
+            if given.is_cuda:
+                torch.cuda.synchronize()
+            seen.seconds[kind] += time.perf_counter() - started
+            return done
 
         return call
 
     try:
         for name in names:
-            setattr(dist, name, counted(name))
-        yield found
+            setattr(dist, name, watched(name))
+        yield seen
     finally:
         for name in names:
             setattr(dist, name, before[name])

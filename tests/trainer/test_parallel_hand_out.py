@@ -66,10 +66,12 @@ def test_every_rank_has_what_rank_0_read(family, layout):
         assert all(torch.equal(found[name], value) for name, value in whole.items())
 
 
-def test_adapters_are_handed_out_and_nothing_else_is_trained():
+@pytest.mark.parametrize("layout", ["DP 2", "DP 2 x EP 2"])
+def test_adapters_are_handed_out_and_nothing_else_is_trained(layout):
     model = build("mixtral-lora")
     own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for found, trained in run_ranks(2, spread_and_gathered, model, False):
+    world, experts = LAYOUTS[layout]
+    for found, trained in run_ranks(world, spread_and_gathered, model, False, experts=experts):
         assert trained == own
         assert all(torch.equal(found[name], value) for name, value in everything(model).items())
 

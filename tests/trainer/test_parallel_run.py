@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +29,17 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+ADAPTERS = {"model__trainable": [], "model__lora": {"rank": 2, "alpha": 4.0}}
+"""Trains adapters on attention and experts, in place of all parameters."""
+
+
 def plan_for(
-    make_plan: PlanMaker, volume: Path, workers: int, experts: int, dense: bool = False
+    make_plan: PlanMaker,
+    volume: Path,
+    workers: int,
+    experts: int,
+    dense: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
     """Six steps, a checkpoint every second one."""
     parallel = {"workers": workers, "expertParallel": experts, "shardDense": dense}
@@ -39,6 +49,7 @@ def plan_for(
         training__optimizer={"name": "adamw", "learningRate": 0.01, "warmupSteps": 2},
         checkpoint={"path": str(volume), "everySteps": 2},
         parallel=parallel | {"timeoutSeconds": 60},
+        **more,
     )
 
 
@@ -140,17 +151,18 @@ def test_killed_ranks_go_on_to_the_same_model_and_the_same_cost(
     assert model_sums(world.output) == undisturbed
 
 
+@pytest.mark.parametrize("trained", [{}, ADAPTERS], ids=["all", "adapters"])
 def test_a_checkpoint_of_four_ranks_goes_on_with_two_and_with_one(
-    make_plan: PlanMaker, tmp_path: Path
+    make_plan: PlanMaker, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
     volume = tmp_path / "volume"
-    world = World(tmp_path / "run", plan_for(make_plan, volume, 4, 4))
+    world = World(tmp_path / "run", plan_for(make_plan, volume, 4, 4, **trained))
     world.start()
     world.wait_for_step(volume, 3)
     world.ranks[3].send_signal(signal.SIGKILL)
     assert world.wait()[3] == -signal.SIGKILL
     for workers, experts, dense in ((2, 2, True), (1, 1, False)):
-        world.plan = plan_for(make_plan, volume, workers, experts, dense)
+        world.plan = plan_for(make_plan, volume, workers, experts, dense, **trained)
         world.start()
         if workers == 2:
             world.wait_for_step(volume, 5)
@@ -158,7 +170,9 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_two_and_with_one(
             world.wait()
     assert world.wait() == [0], world.words
     assert world.report().mechanism.steps == 6
-    quiet = World(tmp_path / "quiet", plan_for(make_plan, tmp_path / "other", 1, 1))
+    # The same plan to the letter: what a model has afresh, as adapters, starts from its digest.
+    shutil.rmtree(volume)
+    quiet = World(tmp_path / "quiet", plan_for(make_plan, volume, 1, 1, **trained))
     quiet.start()
     assert quiet.wait() == [0]
     one, other = (load_file(w.output / "model.safetensors") for w in (world, quiet))

@@ -17,6 +17,7 @@ from dpmoe_trainer.dp.noise import NoiseKey, add_noise
 from dpmoe_trainer.dp.sampling import poisson_draw
 from dpmoe_trainer.evaluate import evaluate
 from dpmoe_trainer.methods.dp_sgd import Updater, sum_clipped
+from dpmoe_trainer.models.expert_adapters import expert_factors
 from dpmoe_trainer.parallel.dense import gather_dense, offsets, shard_dense
 from dpmoe_trainer.parallel.ranks import ALONE
 from dpmoe_trainer.parallel.shards import gather_experts, shard_experts, sharded_parameters
@@ -58,7 +59,9 @@ def steps(ranks, model, units, optimizer, clipping, released, dense):
             balancing=None if balancing is None else balancing.loss,
             ranks=ranks,
         )
-        noised = add_noise(clipped, SIGMA, CLIP, key, step, firsts, offsets(model))
+        noised = add_noise(
+            clipped, SIGMA, CLIP, key, step, firsts, offsets(model), expert_factors(model)
+        )
         if balancing is not None:
             balancing.take(noised)
         updater.update(noised)
@@ -123,8 +126,10 @@ def test_a_table_that_is_also_the_head(layout):
     check(layout, USERS, family="mixtral-tied")
 
 
-def test_adapters_on_experts_that_every_rank_holds():
-    check("FSDP 2", SINGLES, family="mixtral-lora")
+@pytest.mark.parametrize("layout", ["FSDP 2", "EP 4", "FSDP 4, EP 2"])
+@pytest.mark.parametrize("family", ["mixtral-lora", "gpt-oss-lora"])
+def test_adapters_on_experts(family, layout):
+    check(layout, USERS, family=family)
 
 
 def test_a_parameter_with_fewer_rows_than_ranks():

@@ -11,10 +11,11 @@ from tests.trainer.processes import run_ranks
 from dpmoe_trainer.dp import clipped_sum
 from dpmoe_trainer.dp.balancing import ReleasedLoad, SequenceBalancing
 from dpmoe_trainer.dp.clipping import Automatic, PerGroup
+from dpmoe_trainer.models.expert_adapters import expert_factors
 from dpmoe_trainer.parallel.shards import NotShardable, shard_experts, sharded_parameters
 from dpmoe_trainer.parallel.sums import sum_over_ranks
 
-FUSED = [name for name in FAMILIES if "switch" not in name and "lora" not in name]
+FUSED = [name for name in FAMILIES if "switch" not in name]
 LAYOUTS = {"EP 2": (2, 2), "EP 4": (4, 4), "DP 2": (2, 1), "DP 2 x EP 2": (4, 2)}
 """World and ranks that share the experts."""
 
@@ -46,6 +47,14 @@ def on_one_rank(ranks, model, batch, clipping_norm, options):
     return sums, norms, firsts
 
 
+def part_of(whole, place, factor):
+    """The experts [first, first + count) of a parameter that has all of them."""
+    first, count = place
+    if factor is None:
+        return whole[first : first + count]
+    return factor.as_kept(factor.by_expert(whole)[first : first + count])
+
+
 def check_layout(model, batch, layout, limit, options=lambda model: {}):
     world, experts = LAYOUTS[layout]
     clipping_norm = median_norm(model, batch)
@@ -53,13 +62,13 @@ def check_layout(model, batch, layout, limit, options=lambda model: {}):
     found = run_ranks(world, on_one_rank, model, batch, clipping_norm, options, experts=experts)
     torch.testing.assert_close(torch.cat([each[1] for each in found]), norms, rtol=limit, atol=0.0)
     scale = max(float(total.abs().max()) for total in expected.values())
+    factors = expert_factors(model)
     for sums, _, firsts in found:
         assert sums.keys() == expected.keys()
         for name, total in sums.items():
             whole = expected[name]
             if name in firsts:
-                first, count = firsts[name]
-                whole = whole[first : first + count]
+                whole = part_of(whole, firsts[name], factors.get(name))
             assert total.shape == whole.shape
             assert float((total - whole).abs().max()) <= limit * scale, name
     assert any(firsts for _, _, firsts in found) == (experts > 1)
@@ -140,7 +149,7 @@ def test_a_batch_that_is_empty_everywhere_sums_to_zero():
 
 @pytest.mark.parametrize(
     ("family", "ranks", "reason"),
-    [("switch", 2, "fused"), ("mixtral-lm", 3, "share evenly"), ("mixtral-lora", 2, "fused")],
+    [("switch", 2, "fused"), ("switch-lora", 2, "fused"), ("mixtral-lora", 3, "share evenly")],
 )
 def test_what_cannot_be_spread_is_refused_by_name(family, ranks, reason):
     from dpmoe_trainer.parallel.ranks import Ranks

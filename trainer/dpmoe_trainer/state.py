@@ -14,6 +14,7 @@ from dpmoe_trainer.checkpoint import Shard
 from dpmoe_trainer.dp.balancing import Balancing
 from dpmoe_trainer.errors import BadCheckpoint
 from dpmoe_trainer.methods.dp_sgd import Updater
+from dpmoe_trainer.models.expert_adapters import Factor
 
 _MODEL, _OPTIMIZER, _BALANCING = "model.", "optimizer.", "balancing."
 
@@ -25,22 +26,32 @@ class State:
         updater: holds the trained parameters and the optimiser.
         balancing: what keeps experts evenly used; the same on all ranks.
         shards: which trained parameters are only a part here, by name.
+        factors: of trained adapters on fused experts, how they hold the experts'.
     """
 
     def __init__(
-        self, updater: Updater, balancing: Balancing, shards: Mapping[str, Shard] | None = None
+        self,
+        updater: Updater,
+        balancing: Balancing,
+        shards: Mapping[str, Shard] | None = None,
+        factors: Mapping[str, Factor] | None = None,
     ) -> None:
         self._updater = updater
         self._balancing = balancing
         self._shards = dict(shards or {})
+        self._factors = dict(factors or {})
         self._device = next(iter(updater.trained.values())).device
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name."""
+        """All of it by name; what is by expert has the experts first."""
         named: dict[str, Tensor] = {
-            f"{_MODEL}{name}": parameter for name, parameter in self._updater.trained.items()
+            f"{_MODEL}{name}": self._by_expert(name, parameter)
+            for name, parameter in self._updater.trained.items()
         }
-        named |= {f"{_OPTIMIZER}{name}": part for name, part in self._updater.state().items()}
+        named |= {
+            f"{_OPTIMIZER}{name}": self._by_expert(name.rpartition(".")[0], part)
+            for name, part in self._updater.state().items()
+        }
         return named | {f"{_BALANCING}{n}": part for n, part in self._balancing.state().items()}
 
     def shard_of(self, name: str) -> Shard | None:
@@ -77,17 +88,31 @@ class State:
         """
         for name, parameter in self._updater.trained.items():
             saved = tensors.get(f"{_MODEL}{name}")
-            if saved is None or saved.shape != parameter.shape or saved.dtype != parameter.dtype:
+            here = self._by_expert(name, parameter)
+            if saved is None or saved.shape != here.shape or saved.dtype != here.dtype:
                 found = "none" if saved is None else f"{tuple(saved.shape)} of {saved.dtype}"
                 raise BadCheckpoint(
                     f"checkpoint.path: the checkpoint of step {step} has for {name!r} {found}, and "
-                    f"the model {tuple(parameter.shape)} of {parameter.dtype}; use the pretrained "
+                    f"the model {tuple(here.shape)} of {here.dtype}; use the pretrained "
                     f"model that the run began with, or apply the job anew"
                 )
-            parameter.copy_(saved)
-        self._updater.restore(_part(tensors, _OPTIMIZER), step)
+            parameter.copy_(self._as_kept(name, saved))
+        optimizer = {
+            name: self._as_kept(name.rpartition(".")[0], part)
+            for name, part in _part(tensors, _OPTIMIZER).items()
+        }
+        self._updater.restore(optimizer, step)
         balancing = _part(tensors, _BALANCING)
         self._balancing.restore({n: part.to(self._device) for n, part in balancing.items()})
+
+    def _by_expert(self, name: str, tensor: Tensor) -> Tensor:
+        """As a checkpoint has it; a number that belongs to a parameter is as it is."""
+        factor = self._factors.get(name) if tensor.dim() else None
+        return tensor if factor is None else factor.by_expert(tensor).contiguous()
+
+    def _as_kept(self, name: str, saved: Tensor) -> Tensor:
+        factor = self._factors.get(name) if saved.dim() else None
+        return saved if factor is None else factor.as_kept(saved)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

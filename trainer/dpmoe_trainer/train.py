@@ -108,7 +108,7 @@ def train(
 
     noise = privacy.noise_multiplier * privacy.clipping_norm
     updater = Updater(model, training.optimizer, privacy.steps, privacy.expected_batch, noise)
-    first = run.resume(State(updater, balancing, here.parts))
+    first = run.resume(State(updater, balancing, here.parts, here.factors))
     board.enter("Training")
     for step in range(first, privacy.steps):
         run.draw(step)
@@ -132,6 +132,7 @@ def train(
             step,
             first_experts=here.first_experts,
             offsets=here.offsets,
+            factors=here.factors,
         )
         balancing.take(noised)
         updater.update(noised)

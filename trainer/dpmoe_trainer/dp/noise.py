@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dpmoe_trainer.dp.keys import NoiseKey
 from dpmoe_trainer.dp.stream import add_normal
+from dpmoe_trainer.models.expert_adapters import Factor
 
 __all__ = ["NoiseKey", "add_noise"]
 
@@ -38,6 +39,7 @@ def add_noise(
     step: int,
     first_experts: Mapping[str, int] | None = None,
     offsets: Mapping[str, int] | None = None,
+    factors: Mapping[str, Factor] | None = None,
 ) -> dict[str, Tensor]:
     """Adds N(0, (σC)²) to every number of every gradient, in place.
 
@@ -55,6 +57,7 @@ def add_noise(
             index in its layer.
         offsets: Of the gradients that hold but a part of a parameter's numbers, how many come
             before the first one.
+        factors: Of the gradients of adapters on fused experts, how they hold the experts'.
 
     Returns:
         The gradients.
@@ -69,13 +72,17 @@ def add_noise(
     for name in offsets or {}:
         assert not _is_by_expert(name), "experts are not cut within an expert"
     for name, gradient in gradients.items():
+        factor = (factors or {}).get(name)
+        by_expert = gradient if factor is None else factor.by_expert(gradient)
         # A stream's order is that of a contiguous tensor, however this one lies in memory.
-        noised = gradient.contiguous()
-        for part, *context in _parts(name, noised, (first_experts or {}).get(name, 0)):
+        noised = by_expert.contiguous()
+        is_by_expert = factor is not None or _is_by_expert(name)
+        first_expert = (first_experts or {}).get(name, 0)
+        for part, *context in _parts(noised, first_expert if is_by_expert else None):
             first = (offsets or {}).get(name, 0)
             add_normal(part, key.derive("noise", name, step, *context), scale, first)
         if noised is not gradient:
-            gradient.copy_(noised)
+            gradient.copy_(noised if factor is None else factor.as_kept(noised))
     return gradients
 
 
@@ -85,10 +92,10 @@ def _is_by_expert(name: str) -> bool:
 
 
 def _parts(
-    name: str, gradient: Tensor, first_expert: int
+    gradient: Tensor, first_expert: int | None
 ) -> Iterator[tuple[Tensor, int] | tuple[Tensor]]:
-    """What has a stream of its own: each expert of fused ones, and any other parameter."""
-    if _is_by_expert(name):
-        yield from ((one, first_expert + index) for index, one in enumerate(gradient))
-    else:
+    """What has a stream of its own: each expert, or the whole where nothing is by expert."""
+    if first_expert is None:
         yield (gradient,)
+    else:
+        yield from ((one, first_expert + index) for index, one in enumerate(gradient))

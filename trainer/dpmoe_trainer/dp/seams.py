@@ -19,9 +19,10 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from dpmoe_trainer.dp.checkpointing import own_checkpointing
 from dpmoe_trainer.dp.rules.experts import IMPLEMENTATION
-from dpmoe_trainer.dp.rules.lora import is_wrapper, own_adapters
+from dpmoe_trainer.dp.rules.lora import own_adapters
 from dpmoe_trainer.dp.rules.switch import switch_forward
 from dpmoe_trainer.dp.tape import Tape
+from dpmoe_trainer.models.expert_adapters import is_wrapper
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from dpmoe_trainer.parallel.collectives import first_of
 from dpmoe_trainer.parallel.ranks import Ranks
-from dpmoe_trainer.parallel.shards import NotShardable, shard_of
+from dpmoe_trainer.parallel.shards import NotShardable, sharded_parameters
 
 
 def outline(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
@@ -50,8 +50,9 @@ def hand_out_rest(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
         device: where it goes.
     """
     given: dict[Tensor, Tensor] = {}
+    cut = sharded_parameters(model)
     for module, name, tensor in _tensors(model):
-        if shard_of(module) is not None and isinstance(tensor, nn.Parameter):
+        if name in cut:
             continue
         if tensor not in given:  # it may be tied
             given[tensor] = _given(tensor, ranks, device)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dpmoe_trainer.checkpoint import Shard as Part
+from dpmoe_trainer.models.expert_adapters import Factor, expert_factors
 from dpmoe_trainer.parallel.dense import dense_shards, gather_dense, offsets, shard_dense
 from dpmoe_trainer.parallel.hand_out import hand_out_rest, require_one_layout
 from dpmoe_trainer.parallel.ranks import Ranks
@@ -22,11 +23,13 @@ class Spread:
         first_experts: of fused experts, the number of the first that is here.
         offsets: of what else is cut, how many numbers come before those that are here.
         parts: both, as checkpoints keep them.
+        factors: of adapters on fused experts, how they hold the experts'.
     """
 
     first_experts: dict[str, int]
     offsets: dict[str, int]
     parts: dict[str, Part]
+    factors: dict[str, Factor]
 
 
 def spread(model: nn.Module, ranks: Ranks, dense: bool, device: torch.device) -> Spread:
@@ -57,7 +60,8 @@ def spread(model: nn.Module, ranks: Ranks, dense: bool, device: torch.device) ->
         name: Part(each.first, len(each.held), each.whole.shape[0])
         for name, each in dense_shards(model).items()
     }
-    return Spread({n: each.first for n, each in experts.items()}, offsets(model), parts)
+    firsts = {name: each.first for name, each in experts.items()}
+    return Spread(firsts, offsets(model), parts, expert_factors(model))
 
 
 def gather(model: nn.Module, keep: bool) -> None:

@@ -184,16 +184,16 @@ def _low_rank(tape: Tape, adapter: ExpertAdapter, rows_SI: Tensor, segments: Seg
     up_name, up = tape.claim(adapter.up, "an expert adapter")
     assert down is not None, "an adapter has weights"
     assert up is not None, "an adapter has weights"
-    h_SR = product(rows_SI, adapter.by_expert_down(down).transpose(1, 2), segments)
+    h_SR = product(rows_SI, adapter.downs.by_expert(down).transpose(1, 2), segments)
     if down_name is not None:
         stored = ExpertWeights(
-            [down_name], lambda total: {down_name: adapter.as_down(total)}, rows_SI, segments
+            [down_name], lambda total: {down_name: adapter.downs.as_kept(total)}, rows_SI, segments
         )
         h_SR = tape.record(h_SR, stored)
-    output_SO = product(h_SR, adapter.by_expert_up(up).transpose(1, 2), segments)
+    output_SO = product(h_SR, adapter.ups.by_expert(up).transpose(1, 2), segments)
     if up_name is not None:
         stored = ExpertWeights(
-            [up_name], lambda total: {up_name: adapter.as_up(total)}, h_SR, segments
+            [up_name], lambda total: {up_name: adapter.ups.as_kept(total)}, h_SR, segments
         )
         output_SO = tape.record(output_SO, stored)
     return output_SO * adapter.scaling

@@ -2,7 +2,7 @@
 
 peft forms W_e + s·B_e·A_e for all experts in every forward pass. The engine computes the two small
 factors on the routed rows instead, which is the same function, and clips their gradients as those
-of two more expert layers. peft keeps A as [E·R, I] and B as [O, R·E].
+of two more expert layers.
 
 Shapes: E experts, R the rank, I inputs, O outputs.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpmoe_trainer.dp.errors import NotPerSample
+from dpmoe_trainer.models.expert_adapters import Factor, is_of_peft, unwrapped
 
 _ATTRIBUTE = "_dpmoe_adapters"
 
@@ -28,7 +29,7 @@ class ExpertAdapter:
     Attributes:
         down: A, [E·R, I].
         up: B, [O, R·E].
-        experts: E.
+        experts: E, those that are here.
         scaling: s.
     """
 
@@ -37,21 +38,15 @@ class ExpertAdapter:
     experts: int
     scaling: float
 
-    def by_expert_down(self, down: Tensor) -> Tensor:
-        """A by expert, [E, R, I]."""
-        return down.view(self.experts, -1, down.shape[1])
+    @property
+    def downs(self) -> Factor:
+        """How A holds the experts'."""
+        return Factor(self.experts, is_down=True)
 
-    def by_expert_up(self, up: Tensor) -> Tensor:
-        """B by expert, [E, O, R]."""
-        return up.view(up.shape[0], -1, self.experts).permute(2, 0, 1)
-
-    def as_down(self, total_ERI: Tensor) -> Tensor:
-        """A's gradient, as peft keeps A."""
-        return total_ERI.flatten(0, 1)
-
-    def as_up(self, total_EOR: Tensor) -> Tensor:
-        """B's gradient, as peft keeps B."""
-        return total_EOR.permute(1, 2, 0).flatten(1)
+    @property
+    def ups(self) -> Factor:
+        """How B does."""
+        return Factor(self.experts, is_down=False)
 
 
 def adapted(experts: nn.Module, kind: str) -> list[ExpertAdapter]:
@@ -59,20 +54,9 @@ def adapted(experts: nn.Module, kind: str) -> list[ExpertAdapter]:
     return getattr(experts, _ATTRIBUTE, {}).get(kind, [])
 
 
-def is_wrapper(module: nn.Module) -> bool:
-    """Whether this is peft's wrapper of a parameter; peft itself need not be installed."""
-    return _is_of_peft(module, "ParamWrapper")
-
-
 def is_linear_wrapper(module: nn.Module) -> bool:
     """Whether this is peft's wrapper of a layer."""
-    return _is_of_peft(module, "BaseTunerLayer")
-
-
-def _is_of_peft(module: nn.Module, name: str) -> bool:
-    return any(
-        cls.__name__ == name and cls.__module__.startswith("peft.") for cls in type(module).__mro__
-    )
+    return is_of_peft(module, "BaseTunerLayer")
 
 
 def adapters_by_layer(layers: Sequence[Any]) -> list[tuple[list[Tensor], list[Tensor], float]]:
@@ -105,6 +89,12 @@ def adapters_by_layer(layers: Sequence[Any]) -> list[tuple[list[Tensor], list[Te
     return found
 
 
+def _is_of_many(wrapper: Any, experts: Any) -> bool:
+    """Whether the wrapped parameter is a weight of each of several experts, here or elsewhere."""
+    weight: Tensor = getattr(experts, wrapper.parameter_name)
+    return weight.dim() == 3 and experts.num_experts > 1
+
+
 @contextmanager
 def own_adapters(wrapper: Any) -> Iterator[None]:
     """Has an experts module compute the low-rank factors that peft's wrapper would add to it.
@@ -112,8 +102,8 @@ def own_adapters(wrapper: Any) -> Iterator[None]:
     Raises:
         NotPerSample: The wrapper is not around fused experts, or its adapters are merged.
     """
-    experts = wrapper.get_base_layer()
-    if not hasattr(experts, "has_post_expert_norm") or wrapper.num_experts < 2:
+    experts: Any = unwrapped(wrapper)
+    if not hasattr(experts, "has_post_expert_norm") or not _is_of_many(wrapper, experts):
         raise NotPerSample(
             f"peft's target_parameters names {wrapper.parameter_name!r} of a "
             f"{type(experts).__name__}, which is no module of two fused experts or more: name "

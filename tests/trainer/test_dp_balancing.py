@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from dpmoe_trainer.dp import NotPerSample, check_model, clipped_sum
 from dpmoe_trainer.dp.balancing import Balancing, ReleasedLoad, SequenceBalancing
 from dpmoe_trainer.dp.noise import NoiseKey, add_noise
-from dpmoe_trainer.dp.routes import BalancingLoss, LoadQuery
+from dpmoe_trainer.dp.routes import BalancingLoss, LoadQuery, RoutedLayer, Routes
 
 SEEN = [
     "dpmoe-bert",
@@ -220,6 +220,18 @@ def test_checkpointed_layers_have_the_same_loads_and_losses():
     again, norms_again = clipped_sum(model, batch, 1.0, **options)
     assert difference(plain, again) <= 1e-12 * size(plain)
     assert torch.allclose(norms, norms_again, rtol=1e-12, atol=0)
+
+
+def test_under_autocast_shares_and_probabilities_are_not_rounded():
+    generator = torch.Generator().manual_seed(5)
+    counted_BT = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    layer = RoutedLayer("layer", None, experts=3, choices=1)
+    routes = Routes({}, {"layer": counted_BT}, None, BalancingLoss(1.0))
+    rows_NE = torch.rand(8, 3, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        mean_BE = routes._mean(layer, rows_NE)
+    assert torch.allclose(mean_BE[0], rows_NE[:4].mean(0), rtol=1e-6)
+    assert torch.allclose(mean_BE[1], rows_NE[4:7].mean(0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("family", SEEN)

@@ -264,7 +264,8 @@ class Routes:
                 f"{layer.name!r} got other tokens than the batch's B·T: set balancing to none"
             )
         rows_BTE = rows_NE.view(*counted_BT.shape, -1)
-        total_BE = torch.einsum("bt,bte->be", counted_BT, rows_BTE)
+        # No matrix product, which autocast would round.
+        total_BE = (counted_BT[..., None] * rows_BTE).sum(1)
         return total_BE / counted_BT.sum(1, keepdim=True).clamp_min(1)
 
     def _loss(self, layer: RoutedLayer, name: str, place: int, shares_BE: Tensor) -> Tensor:

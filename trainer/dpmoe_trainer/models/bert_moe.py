@@ -98,7 +98,8 @@ class DPMoEBertExperts(nn.Module):
             outer = F.linear(
                 self.act_fn(inner), self.down_proj[expert], self.down_proj_bias[expert]
             )
-            output = output.index_add(0, token, outer * top_k_weights[token, choice, None])
+            weighted = outer * top_k_weights[token, choice, None]
+            output = output.index_add(0, token, weighted.to(output.dtype))
         return output
 
 

@@ -29,6 +29,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "a model of the image": {"model": MODEL_PATH},
     "a hub model": {"model": {"claim": ABSENT, "huggingFace": {"id": "org/model"}}},
     "upcycling": {"model": {"upcycle": {"experts": 4, "layers": [0, 2]}}},
+    "products in half precision": {"training": {"precision": "bfloat16"}},
     "a URI": {"output": {"claim": ABSENT, "uri": "s3://bucket/team-a/run"}},
     "placement": {
         "placement": {
@@ -189,6 +190,12 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
         "spec.privacy.clipping.groups.weight",
         "'0.0'",
         "greater than 0",
+    ),
+    (
+        {"training": {"precision": "float16"}},
+        "spec.training.precision",
+        "'float16'",
+        "'float32' or 'bfloat16'",
     ),
     (
         {"training": {"balancing": {"strength": "0.1"}}},

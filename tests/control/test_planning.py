@@ -238,6 +238,21 @@ def test_plan_pins_clipping_and_balancing_with_their_defaults() -> None:
     assert all(mechanism == plain.privacy for mechanism in mechanisms)
 
 
+def test_plan_pins_a_precision_other_than_float32() -> None:
+    plain, half = (
+        plan(job(uid="u", training={"precision": precision})).plan
+        for precision in ("float32", "bfloat16")
+    )
+    # As with clipping: older plans keep their digests.
+    assert "precision" not in json.loads(plain.to_json())["training"]
+    assert plan(job(uid="u")).plan.digest() == plain.digest()
+    assert half.training.precision == "bfloat16"
+    assert half.digest() != plain.digest()
+    # No part of what only ranks depend on: no checkpoint goes on in another precision.
+    assert half.run_digest() != plain.run_digest()
+    assert half.privacy == plain.privacy
+
+
 def test_other_sources_and_targets() -> None:
     hub = {"claim": ABSENT, "format": ABSENT, "huggingFace": {"id": "o/r", "revision": "v1"}}
     access = [{"namespace": TEAM, "outputs": [{"uriPrefix": "s3://bucket/a/"}]}]

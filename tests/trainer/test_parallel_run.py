@@ -181,6 +181,17 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_two_and_with_one(
         assert float((value - other[name]).abs().max()) < 2e-3, name
 
 
+def test_ranks_compute_in_half_precision(make_plan: PlanMaker, tmp_path: Path) -> None:
+    plan = plan_for(make_plan, tmp_path / "volume", 2, 2, dense=True)
+    plan["training"]["precision"] = "bfloat16"
+    world = World(tmp_path / "run", plan)
+    world.start()
+    assert world.wait() == [0, 0], world.words
+    assert world.report().evaluation is not None
+    saved = load_file(world.output / "model.safetensors")
+    assert {str(each.dtype) for each in saved.values()} == {"torch.float32"}
+
+
 def test_ranks_that_read_different_tables_take_no_step(
     make_plan: PlanMaker, tmp_path: Path
 ) -> None:

@@ -339,12 +339,19 @@ def test_a_lost_journal_is_refused_before_anything_is_loaded(
     assert "2 pods of this run failed before" in run.report.message
 
 
+@pytest.mark.parametrize(
+    ("part", "change"), [("job", {"uid": "u-2"}), ("training", {"precision": "bfloat16"})]
+)
 def test_another_runs_folder_is_refused_with_both_names(
-    trainer: Trainer, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer,
+    plan: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    change: dict[str, Any],
 ) -> None:
     killed(trainer, plan, monkeypatch, 1)
     other = json.loads(json.dumps(plan))
-    other["job"]["uid"] = "u-2"
+    other[part] |= change
     run = trainer.run(other)
     assert run.code == ExitCode.BAD_CHECKPOINT
     assert run.report is not None

@@ -70,6 +70,10 @@ INVALID: dict[str, tuple[dict[str, Any], list[str]]] = {
     "negative noise": ({"privacy__noiseMultiplier": -1}, ["privacy.noiseMultiplier", "-1"]),
     "no source": ({"model__path": None}, ["model", "exactly one of path and huggingFace"]),
     "unknown field": ({"privacy__noise": 3}, ["privacy.noise", "3"]),
+    "float16": (
+        {"training__precision": "float16"},
+        ["training.precision", "'float16'", "'float32' or 'bfloat16'"],
+    ),
     "zero labels": ({"model__labels": 0}, ["model.labels", "0"]),
 }
 

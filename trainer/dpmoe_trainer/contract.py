@@ -314,13 +314,28 @@ class BalancingPlan(Contract):
         return self
 
 
+Precision = Literal["float32", "bfloat16"]
+"""No float16: it overflows, and models clamp that by the values of the whole batch."""
+
+
 class TrainingSettings(Contract):
-    """What shapes the run and costs no privacy."""
+    """What shapes the run and costs no privacy.
+
+    Attributes:
+        method: the algorithm.
+        optimizer: what makes updates of noised sums.
+        max_tokens: where longer rows are cut.
+        physical_batch: most rows that go through the model at once.
+        precision: what the model's products are computed in; absent for float32. Weights, the
+            optimiser's state, norms, clipped sums and noise are float32 in any case.
+        balancing: what keeps the experts evenly used; absent for nothing.
+    """
 
     method: Literal["dp-sgd"] = "dp-sgd"
     optimizer: OptimizerPlan
     max_tokens: Annotated[int, Field(ge=4, le=8192)] = 128
     physical_batch: Annotated[int, Field(ge=1, le=4096)] = 64
+    precision: Precision | None = None
     balancing: BalancingPlan | None = None
 
 

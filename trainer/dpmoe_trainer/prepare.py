@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpmoe_trainer.contract import ModelPlan, OptimizerName, ParallelPlan, TrainingPlan
 from dpmoe_trainer.data.rows import Lower
-from dpmoe_trainer.dp import check_model
+from dpmoe_trainer.dp import check_bound, check_model
 from dpmoe_trainer.dp.accounting import AccountingMismatch, check_plan
 from dpmoe_trainer.dp.balancing import Balancing, ReleasedLoad, SequenceBalancing
 from dpmoe_trainer.dp.clipping import FLAT, Automatic, Clipping, Group, PerGroup
@@ -30,6 +30,7 @@ from dpmoe_trainer.parallel.hand_out import outline
 from dpmoe_trainer.parallel.ranks import ALONE, Ranks
 from dpmoe_trainer.parallel.shards import NotShardable
 from dpmoe_trainer.parallel.spread import Spread, spread
+from dpmoe_trainer.precision import computing, require_precision
 
 _HOST = torch.device("cpu")
 
@@ -104,8 +105,10 @@ def load(
     of them call this together.
 
     Raises:
+        BadPlan: the device has not the plan's precision.
         BadModel: it cannot be loaded, does not fit the plan, cannot be clipped, or not be shared.
     """
+    require_precision(plan.training.precision, device)
     if "OMP_NUM_THREADS" not in environ:
         torch.set_num_threads(max(1, processors() // plan.parallel.processes))
     keep_freed_memory()
@@ -115,7 +118,7 @@ def load(
         here = spread(model, ranks, plan.parallel.shard_dense, device)
         clipping, balancing = clipping_of(plan), balancing_of(plan, model)
         if not ranks.alone:
-            check_ranks(model, ranks, clipping, balancing)
+            _prove_together(model, plan, ranks, clipping, balancing)
     return LoadedModel(
         model=model,
         here=here,
@@ -187,8 +190,25 @@ def _read(
 
 
 def _prove(model: PreTrainedModel, plan: TrainingPlan) -> None:
-    balancing = balancing_of(plan, model)
-    check_model(model, clipping=clipping_of(plan), loads=balancing.loads, balancing=balancing.loss)
+    clipping, balancing = clipping_of(plan), balancing_of(plan, model)
+    # In float32, where nothing but a mistake tells the engine's numbers from the model's own.
+    check_model(model, clipping=clipping, loads=balancing.loads, balancing=balancing.loss)
+    if plan.training.precision == "bfloat16":
+        with computing(plan.training.precision, model.device):
+            check_bound(model, clipping=clipping, loads=balancing.loads, balancing=balancing.loss)
+
+
+def _prove_together(
+    model: PreTrainedModel,
+    plan: TrainingPlan,
+    ranks: Ranks,
+    clipping: Clipping,
+    balancing: Balancing,
+) -> None:
+    check_ranks(model, ranks, clipping, balancing)
+    if plan.training.precision == "bfloat16":
+        with computing(plan.training.precision, model.device):
+            check_ranks(model, ranks, clipping, balancing, exact=False)
 
 
 def _trainable(model: PreTrainedModel, plan: ModelPlan) -> PreTrainedModel:

@@ -33,6 +33,7 @@ from dpmoe_trainer.models.lora import merged
 from dpmoe_trainer.output import open_target
 from dpmoe_trainer.parallel.ranks import meet, part
 from dpmoe_trainer.parallel.spread import gather
+from dpmoe_trainer.precision import computing
 from dpmoe_trainer.prepare import LoadedModel, check_mechanism, device_of, load
 from dpmoe_trainer.progress import ProgressBoard
 from dpmoe_trainer.resume import Run
@@ -113,17 +114,18 @@ def train(
     for step in range(first, privacy.steps):
         run.draw(step)
         drawn = poisson_draw(len(units), privacy.sampling_rate, run.key, step)
-        clipped = sum_clipped(
-            model,
-            private_rows,
-            (units[index] for index in drawn),
-            balancing.gradient_norm,
-            training.physical_batch,
-            clipping=loaded.clipping,
-            loads=balancing.loads,
-            balancing=balancing.loss,
-            ranks=ranks,
-        )
+        with computing(training.precision, device):
+            clipped = sum_clipped(
+                model,
+                private_rows,
+                (units[index] for index in drawn),
+                balancing.gradient_norm,
+                training.physical_batch,
+                clipping=loaded.clipping,
+                loads=balancing.loads,
+                balancing=balancing.loss,
+                ranks=ranks,
+            )
         noised = add_noise(
             clipped,
             privacy.noise_multiplier,
@@ -142,7 +144,8 @@ def train(
     evaluation = None
     if public_rows is not None:
         board.enter("Evaluating")
-        evaluation = evaluate(model, public_rows, training.physical_batch, ranks, board.beat)
+        with computing(training.precision, device):
+            evaluation = evaluate(model, public_rows, training.physical_batch, ranks, board.beat)
 
     if plan.output is not None or settings.output is not None:
         board.enter("Saving")

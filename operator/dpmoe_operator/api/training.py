@@ -106,6 +106,7 @@ class Training(ApiModel):
     """The run. Exactly one of epochs and steps.
 
     `task` says what is learnt: a text's class, which needs blocks with labels, or its next tokens.
+    `precision` is what products are computed in; weights, sums and noise are float32 in both.
     """
 
     method: Literal["dp-sgd"] = "dp-sgd"
@@ -115,6 +116,7 @@ class Training(ApiModel):
     epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
     steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     max_tokens: Annotated[int, Field(ge=4, le=8192)] = 128
+    precision: Literal["float32", "bfloat16"] = "float32"
     optimizer: Optimizer
     balancing: Balancing = Balancing()
 

@@ -15,6 +15,7 @@ from dpmoe_trainer.contract import (
     ModelPlan,
     OptimizerName,
     OptimizerPlan,
+    Precision,
     TrainingSettings,
     UpcyclePlan,
 )
@@ -57,6 +58,12 @@ def balancing_plan(spec: DPMoEJobSpec) -> BalancingPlan | None:
         through=through,
         load_share=float(balancing.load_share or LOAD_SHARE) if released else None,
     )
+
+
+def precision_plan(spec: DPMoEJobSpec) -> Precision | None:
+    """What products are computed in; None for float32."""
+    precision = spec.training.precision
+    return None if precision == "float32" else precision
 
 
 def lora_plan(spec: DPMoEJobSpec) -> LoraPlan | None:
@@ -107,5 +114,6 @@ def training_settings(spec: DPMoEJobSpec) -> TrainingSettings:
         ),
         max_tokens=training.max_tokens,
         physical_batch=training.physical_batch,
+        precision=precision_plan(spec),
         balancing=balancing_plan(spec),
     )

@@ -4,6 +4,9 @@ The rules know how torch functions use parameters, not how a model arranges its 
 runs once on made-up tokens and is compared with plain automatic differentiation of the model's own
 loss, one sample at a time, also with experts that have room for a single token. A model that
 couples samples, or mixes their rows, cannot pass; two ways to do so are recognised by name.
+
+In half precision both would be rounded, each in its own way, and hardly to be compared. There the
+engine's own word is measured: that what it clipped is within the clipping norm.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,6 +62,54 @@ def check_model(
     if any(hasattr(module, "expert_capacity") for module in model.modules()):
         with _room_for_one(model):
             _check_gradients(model, batch, tolerance)
+
+
+def check_bound(
+    model: nn.Module,
+    tolerance: float = 1e-4,
+    *,
+    clipping: Clipping = FLAT,
+    loads: LoadQuery | None = None,
+    balancing: BalancingLoss | None = None,
+) -> None:
+    """Measures what single samples contribute, computed as the caller's autocast has it.
+
+    The model runs by itself there too, as it does to be scored. Costs a few passes over three
+    samples of five tokens, and the gradient of one in memory.
+
+    Args:
+        model: As `clipped_sum` takes it.
+        tolerance: The share of the clipping norm that rounding in float32 may add to it.
+        clipping: As `clipped_sum` takes it.
+        loads: Likewise; they come on top of the clipping norm, and are not measured.
+        balancing: Likewise.
+
+    Raises:
+        NotPerSample: A contribution is larger than the clipping norm, or no number.
+    """
+    batch = made_up_batch(model)
+    for index in range(_SAMPLES):
+        sample = {key: value[index : index + 1] for key, value in batch.items()}
+        with evaluating(model), torch.no_grad():
+            model(**sample)
+        share = _contributed(model, sample, Options(1.0, clipping, loads, balancing))
+        if not share <= 1 + tolerance:
+            raise NotPerSample(
+                f"a sample's clipped gradient has {share:.6f} times the clipping norm in this "
+                "precision: set training.precision to float32"
+            )
+
+
+def _contributed(model: nn.Module, sample: dict[str, Tensor], options: Options) -> float:
+    """The norm of a sample's clipped gradient, by a clipping norm that clips it; NaN without."""
+    norm = float(measure(model, sample, options).norms)
+    if not math.isfinite(norm):
+        return math.nan
+    bound = norm / 2 or 1.0
+    sums = measure(model, sample, replace(options, clipping_norm=bound)).sums
+    loads = options.loads.experts if options.loads else ()
+    squares = [total.double().pow(2).sum() for name, total in sums.items() if name not in loads]
+    return float(torch.stack(squares).sum().sqrt()) / bound
 
 
 def _check_gradients(model: nn.Module, batch: dict[str, Tensor], tolerance: float) -> None:

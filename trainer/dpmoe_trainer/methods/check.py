@@ -30,13 +30,16 @@ _UNITS: tuple[Unit, ...] = ((0,), (1,), (2,), (0, 1))
 _CLIPPING_NORM = 1e-4
 """Below the norm of any gradient that is worth a step, so that all units are clipped."""
 
+_ROUNDING = 1e-3
+"""Largest relative difference that rounding may explain."""
+
 
 def check_ranks(
     model: nn.Module,
     ranks: Ranks,
     clipping: Clipping,
     balancing: Balancing,
-    tolerance: float = 1e-3,
+    exact: bool = True,
 ) -> None:
     """Compares the sum over units with what each adds alone, and that with C.
 
@@ -48,7 +51,8 @@ def check_ranks(
         ranks: who shares it.
         clipping: as `sum_clipped` takes it.
         balancing: what is asked for with the gradients.
-        tolerance: largest relative difference that rounding may explain.
+        exact: whether a unit must add the same in company as alone. Half precision rounds by the
+            shape of a batch, which may even send a token to another expert; the bound holds still.
 
     Raises:
         NotPerSample: a unit adds more than C, or something else in company than alone; on all
@@ -74,21 +78,23 @@ def check_ranks(
     for unit in _UNITS:
         alone = total([unit])
         added = _norm(model, {name: part for name, part in alone.items() if name not in loads})
-        if not added <= _CLIPPING_NORM * (1 + tolerance):
+        if not added <= _CLIPPING_NORM * (1 + _ROUNDING):
             raise NotPerSample(
                 f"what a sample adds to the ranks' sum has {added / _CLIPPING_NORM:.6g} times the "
                 "clipping norm: run it on one rank"
             )
         for name, part in alone.items():
             rest[name] -= part
+    if not exact:
+        return
     left = {name: rest.pop(name) for name in loads}
-    _require_little(_norm(model, rest), _CLIPPING_NORM, tolerance)
+    _require_little(_norm(model, rest), _CLIPPING_NORM)
     if balancing.loads is not None:
-        _require_little(_norm(model, left), balancing.loads.norm, tolerance)
+        _require_little(_norm(model, left), balancing.loads.norm)
 
 
-def _require_little(left: float, bound: float, tolerance: float) -> None:
-    if not left <= tolerance * bound * len(_UNITS):
+def _require_little(left: float, bound: float) -> None:
+    if not left <= _ROUNDING * bound * len(_UNITS):
         raise NotPerSample(
             "samples add something else to the ranks' sum in company than alone, by "
             f"{left / bound:.1e} of the clipping norm: run it on one rank"

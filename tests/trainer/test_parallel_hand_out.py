@@ -133,6 +133,21 @@ def fails(ranks, model, mutant):
         check_ranks(model, ranks, FLAT, Balancing(1.0))
 
 
+def cannot_be_moved(ranks, model):
+    for layer in model.model.layers[1:]:
+        gate = layer.mlp.gate
+        bias = gate.e_score_correction_bias
+        del gate.e_score_correction_bias
+        gate.e_score_correction_bias = torch.nn.Parameter(bias, requires_grad=False)
+    spread(model, ranks, True, CPU)
+    with pytest.raises(NotPerSample, match="shardDense to false"):
+        ReleasedLoad(model, 1.0, 6.0, 0.1, "bias")
+
+
+def test_biases_that_ranks_hold_rows_of_are_not_moved():
+    run_ranks(2, cannot_be_moved, build("deepseek-v3-lm"))
+
+
 def norms_of_one_rank():
     """The others' part of a sample's norm is missing."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import WORDS, save_mixtral
+from tests.trainer.families import build
 from tests.trainer.runs import PlanMaker, Trainer
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
@@ -95,3 +96,15 @@ def test_scores_are_those_of_the_models_own_loss(tiny_language: Path) -> None:
     assert scores.majority_share == 1 / 4
     alone = Rows(tokens[2:], None, padding=0, device=torch.device("cpu"))
     assert evaluate(model, alone, physical_batch=2).perplexity == 1.0
+
+
+def test_a_decoders_scores_are_those_of_its_own_loss() -> None:
+    model = build("switch", torch.float32).eval()
+    tokens = [torch.tensor(row).numpy() for row in ([5, 6, 7, 8], [8, 9], [4])]
+    rows = Rows(tokens, None, padding=0, device=torch.device("cpu"))
+    batch = rows.batch([0, 1, 2])
+    with torch.no_grad():
+        loss = model(**batch).loss
+    assert evaluate(model, rows, physical_batch=3).perplexity == pytest.approx(
+        math.exp(loss), rel=1e-5
+    )

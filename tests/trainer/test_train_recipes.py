@@ -56,6 +56,16 @@ def test_balanced_by_each_rows_own_loss(trainer: Trainer, upcycled: PlanMaker) -
     assert not biases(trainer.output).any()
 
 
+@pytest.mark.parametrize("balancing", [RELEASED, {"method": "sequence", "strength": 0.1}])
+def test_balanced_below_the_trained_layers(
+    trainer: Trainer, upcycled: PlanMaker, balancing: dict[str, Any]
+) -> None:
+    """Frozen experts are balanced too, so what the frozen layers make of a row is not cached."""
+    trained = ["layers.1.*", "classifier.*"]
+    run = trainer.run(upcycled(model__trainable=trained, training__balancing=balancing))
+    assert run.code == ExitCode.COMPLETED
+
+
 def test_balanced_by_released_loads_through_a_loss(trainer: Trainer, make_plan: PlanMaker) -> None:
     run = trainer.run(make_plan(training__balancing=RELEASED | {"through": "loss"}))
     assert run.code == ExitCode.COMPLETED

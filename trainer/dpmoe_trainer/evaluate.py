@@ -44,7 +44,7 @@ def evaluate(
             if batch is None and not in_lockstep(model):
                 continue
             given = rows.empty() if batch is None else batch
-            logits, labels = _scored(predict(model, given), given)
+            logits, labels = _scored(predict(model, given), given, model)
             scores[0] += (logits.argmax(-1) == labels).sum()
             scores[1] += F.cross_entropy(logits, labels, reduction="sum")
             counts += torch.bincount(labels, minlength=classes)
@@ -62,10 +62,13 @@ def evaluate(
     )
 
 
-def _scored(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _scored(logits: Tensor, batch: Batch, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """What counts of a batch: the logits, [N, classes], and the right answers, [N]."""
     labels = batch["labels"]
-    if labels.dim() == 2:
+    if labels.dim() == 2 and getattr(model.config, "is_encoder_decoder", False):
+        # A decoder reads the labels shifted already, so that each place predicts its own.
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+    elif labels.dim() == 2:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     counted = labels != IGNORED
     return logits[counted].float(), labels[counted]

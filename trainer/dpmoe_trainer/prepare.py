@@ -124,7 +124,7 @@ def load(
         here=here,
         tokenizer=tokenizer,
         device=device,
-        lower=None if plan.parallel.shard_dense else _frozen_part(model, plan.parallel),
+        lower=None if plan.parallel.shard_dense else _frozen_part(model, plan.parallel, balancing),
         size=size,
         clipping=clipping,
         balancing=balancing,
@@ -295,14 +295,17 @@ def _check_sizes(
         )
 
 
-def _frozen_part(model: PreTrainedModel, parallel: ParallelPlan) -> Lower | None:
-    """What may be run for a row alone: no experts that are spread over ranks."""
+def _frozen_part(
+    model: PreTrainedModel, parallel: ParallelPlan, balancing: Balancing
+) -> Lower | None:
+    """What may be run for a row alone: no experts that are spread over ranks, or are balanced."""
     if not hasattr(model, "lower"):
         return None
     try:
         frozen_layers = model.first_trainable_layer
     except ValueError:  # the embeddings are trained
         return None
-    if parallel.expert_parallel > 1 and model.lower_has_experts:
+    balanced = balancing.loads is not None or balancing.loss is not None
+    if model.lower_has_experts and (parallel.expert_parallel > 1 or balanced):
         return None
     return model.lower if frozen_layers else None

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dpmoe_trainer.dp.errors import NotPerSample
 from dpmoe_trainer.dp.routes import LOAD, BalancingLoss, LoadQuery, routed_layers
@@ -160,7 +161,7 @@ def _biases(model: nn.Module) -> dict[str, Tensor]:
     """The selection biases of all routers, by the name of their layer's load.
 
     Raises:
-        NotPerSample: A router has none.
+        NotPerSample: A router has none, or ranks hold parts of it.
     """
     found: dict[str, Tensor] = {}
     for layer in routed_layers(model).values():
@@ -168,6 +169,11 @@ def _biases(model: nn.Module) -> dict[str, Tensor]:
         if bias is None:
             raise NotPerSample(
                 f"{type(layer.router).__name__} has no bias on its choice: balance through a loss"
+            )
+        if isinstance(bias, DTensor):
+            raise NotPerSample(
+                f"{type(layer.router).__name__} has its bias among the parameters, of which ranks "
+                "hold rows: balance through a loss, or set shardDense to false"
             )
         found[f"{layer.name}.{LOAD}"] = bias
     return found

@@ -143,13 +143,14 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
 
     Args:
         model: As `clipped_sum` takes it.
-        batch: Likewise; labels are left aside. Ranks that share the model all come here together,
-            also with a batch of no rows.
+        batch: Likewise; of labels, only what a decoder reads is used. Ranks that share the model
+            all come here together, also with a batch of no rows.
 
     Returns:
         The logits, [B, …].
     """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = _with_decoder_inputs(model, batch)
+    del inputs["labels"]
     with evaluating(model):
         if not in_lockstep(model):
             return model(**inputs).logits

@@ -433,6 +433,12 @@ REFUSED: dict[str, tuple[Object, list[Object], Reason, str]] = {
         Reason.INVALID_SPEC,
         "spec.model.path: '/dpmoe/outputs/results/team-b/run': must be a folder of the trainer",
     ),
+    "another team's result by a detour": (
+        job(model={"claim": ABSENT, "path": "/proc/self/root/dpmoe/outputs/results/team-b/run"}),
+        [block()],
+        Reason.INVALID_SPEC,
+        "must be a folder of the trainer image below /models, with no table of its blocks",
+    ),
     "output claim that is not opened": (
         job(output={"claim": {"claimName": "data"}}),
         [block()],

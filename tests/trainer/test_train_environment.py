@@ -33,6 +33,29 @@ def test_the_root_stands_for_the_pods_own() -> None:
         settings.resolve("/data/../x", "blocks")
 
 
+def test_links_do_not_lead_from_one_volume_to_another(tmp_path: Path) -> None:
+    volumes, store = tmp_path / "dpmoe", tmp_path / "store"
+    for claim in ("claims/models", "outputs/results/team-b"):
+        (volumes / claim).mkdir(parents=True)
+    (volumes / "claims/models/stolen").symlink_to(volumes / "outputs/results/team-b")
+    (volumes / "claims/models/latest").symlink_to("tiny")
+    (volumes / "claims/linked").symlink_to(store)
+    (tmp_path / "itself").symlink_to(tmp_path)
+    settings = Settings(Path("p"), Path("r"), None, None, root=tmp_path)
+    for path in ("/itself/dpmoe/outputs/results/team-b", "/dpmoe/claims/models/stolen"):
+        with pytest.raises(BadPlan, match=f"model.path: '{path}' leads by links .*: name the vol"):
+            settings.resolve(path, "model.path")
+    # A volume may itself be mounted by a link, as local processes have it.
+    for path in ("/dpmoe/claims/models/latest", "/dpmoe/claims/linked/x", "/models/tiny"):
+        assert settings.resolve(path, "model.path") == tmp_path / path[1:]
+
+
+def test_a_containers_own_root_is_no_way_round() -> None:
+    settings = Settings(Path("p"), Path("r"), None, None, root=None)
+    with pytest.raises(BadPlan, match="'/dpmoe/outputs/results/team-b'"):
+        settings.resolve("/proc/self/root/dpmoe/outputs/results/team-b", "model.path")
+
+
 def test_the_command_line_comes_first() -> None:
     variables = {"DPMOE_PLAN": "/plan.json", "DPMOE_TERMINATION_LOG": "/log"}
     settings = read_settings(["--plan", "mine.json", "--output", "out"], variables)

@@ -22,6 +22,9 @@ from pydantic.alias_generators import to_camel
 TERMINATION_MESSAGE_BYTES = 4096
 """What Kubernetes keeps of a termination message; a report must fit."""
 
+VOLUMES = "/dpmoe"
+"""Where a pod's claims are mounted, each at `/dpmoe/<use>/<claim>`."""
+
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 PathString = Annotated[str, Field(min_length=1, max_length=1024)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

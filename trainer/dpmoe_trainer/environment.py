@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from dpmoe_trainer.contract import Environment
+from dpmoe_trainer.contract import VOLUMES, Environment
 from dpmoe_trainer.errors import BadPlan
 
 TERMINATION_LOG = "/dev/termination-log"
@@ -18,6 +18,10 @@ TERMINATION_LOG = "/dev/termination-log"
 
 REPORT_FILE = "report.json"
 """The report's name in the folder that `--output` names."""
+
+
+_VOLUME_DEPTH = 4
+"""Parts of the path at which a claim is mounted: `/`, `dpmoe`, its use, its name."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,12 @@ class Settings:
         """An absolute path of the plan, below the root.
 
         Raises:
-            BadPlan: the path climbs with `..`, which could leave the root or an opened volume.
+            BadPlan: the path climbs with `..`, which could leave the root or an opened volume, or
+                a link in it leads out of the volume that it names, or into one.
         """
-        return _below(self.root, path, field)
+        found = _below(self.root, path, field)
+        _refuse_detours(self.root, path, found, field)
+        return found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -191,3 +198,21 @@ def _below(root: Path | None, path: str, field: str) -> Path:
     if root is None or not pure.is_absolute():
         return Path(pure)
     return root / pure.relative_to("/")
+
+
+def _refuse_detours(root: Path | None, path: str, found: Path, field: str) -> None:
+    """Refuse a path that links lead to another volume: nobody opened that one by it.
+
+    `/proc/self/root` is such a link, in every container.
+    """
+    really = found.resolve()
+    if PurePosixPath(path).is_relative_to(VOLUMES):
+        volume = PurePosixPath(*PurePosixPath(path).parts[:_VOLUME_DEPTH])
+        stays = really.is_relative_to(_below(root, str(volume), field).resolve())
+    else:
+        stays = not really.is_relative_to(_below(root, VOLUMES, field).resolve())
+    if not stays:
+        raise BadPlan(
+            f"{field}: {path!r} leads by links to {str(really)!r}, which is not in the volume that "
+            "the path names: name the volume itself, or put the files there in place of the link"
+        )

@@ -146,7 +146,7 @@ def check_access(job: JobView, chosen: Sequence[Standing], settings: Settings) -
             )
         _check_host_paths(name, standing.spec, settings)
         _check_image(job.spec, name, access, settings)
-        _check_model(job.spec, name, access)
+        _check_model(job.spec, name, standing.spec, access)
         _check_output(job.spec, name, access)
         grants.append(access)
     return grants
@@ -154,8 +154,7 @@ def check_access(job: JobView, chosen: Sequence[Standing], settings: Settings) -
 
 def _check_host_paths(block: str, spec: PrivateBlockSpec, settings: Settings) -> None:
     """Refuse folders of the nodes that the platform team did not open for data."""
-    tables = [spec.dataset, *([spec.evaluation] if spec.evaluation else [])]
-    for path in (table.path for table in tables if table.path is not None):
+    for path in _host_paths(spec):
         if not any(within(posixpath.normpath(path), folder) for folder in settings.host_paths):
             raise Refusal(
                 Reason.BLOCK_NOT_SHARED,
@@ -163,6 +162,18 @@ def _check_host_paths(block: str, spec: PrivateBlockSpec, settings: Settings) ->
                 f" operator opens {list(settings.host_paths)}; put the data on a claim, or ask the"
                 " platform team to add the folder to trainer.hostPaths of the Helm release",
             )
+
+
+def _host_paths(spec: PrivateBlockSpec) -> list[str]:
+    """The folders of the nodes that a block names, which are mounted at their own paths."""
+    tables = [spec.dataset, *([spec.evaluation] if spec.evaluation else [])]
+    return [table.path for table in tables if table.path is not None]
+
+
+def _meets_table(path: str, spec: PrivateBlockSpec) -> bool:
+    """Whether a path of the container is a mounted table of a block, or in one, or around one."""
+    tables = [posixpath.normpath(table) for table in _host_paths(spec)]
+    return any(within(path, table) or within(table, path) for table in tables)
 
 
 def _check_image(spec: DPMoEJobSpec, block: str, access: Access, settings: Settings) -> None:
@@ -174,13 +185,14 @@ def _check_image(spec: DPMoEJobSpec, block: str, access: Access, settings: Setti
         )
 
 
-def _check_model(spec: DPMoEJobSpec, block: str, access: Access) -> None:
+def _check_model(spec: DPMoEJobSpec, block: str, opened: PrivateBlockSpec, access: Access) -> None:
     path, claim = spec.model.path, spec.model.claim
-    if path is not None and within(path, paths.ROOT):
+    if path is not None and (not within(path, paths.IMAGE_MODELS) or _meets_table(path, opened)):
         raise SpecError(
             "spec.model.path",
             path,
-            "must be a folder of the trainer image; name a model on a volume by spec.model.claim",
+            f"must be a folder of the trainer image below {paths.IMAGE_MODELS}, with no table of"
+            " its blocks mounted there; name a model on a volume by spec.model.claim",
         )
     if claim is not None and claim.claim_name not in access.models:
         raise Refusal(

@@ -8,8 +8,10 @@ import posixpath
 
 from dpmoe_operator.api.dpmoejob import Model, OutputClaim
 from dpmoe_operator.api.privateblock import Table
+from dpmoe_trainer.contract import VOLUMES as ROOT
 
-ROOT = "/dpmoe"
+IMAGE_MODELS = "/models"
+"""Where a trainer image keeps models of its own: the only folder of it that jobs may name."""
 READ_ONLY_CLAIMS = f"{ROOT}/claims"
 OUTPUT_CLAIMS = f"{ROOT}/outputs"
 CHECKPOINT_CLAIMS = f"{ROOT}/checkpoints"

@@ -22,6 +22,10 @@ SPEC = {
                 "action": "Ignore",
                 "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
             },
+            {
+                "action": "Ignore",
+                "onExitCodes": {"containerName": "main", "operator": "In", "values": [10, 143]},
+            },
         ]
     },
 }
@@ -86,6 +90,17 @@ def test_a_disrupted_pod_is_replaced_and_not_counted(jobs):
     second = next_pod(jobs, first)
     assert counts(second) == ("0", "1")
     assert "failed" not in jobs.wait_for_status(active=2)
+
+
+def test_an_ignored_exit_code_is_as_a_disruption(jobs):
+    jobs.create(**{**SPEC, "backoffLimitPerIndex": 0})
+    first = of_index(jobs.wait_for_pods(2), 0)
+    jobs.end(first, code=10)
+    second = next_pod(jobs, first)
+    assert counts(second) == ("0", "1")
+    status = jobs.wait_for_status(active=2)
+    assert "failed" not in status
+    assert status["failedIndexes"] == ""
 
 
 def test_an_index_that_fails_too_often_fails_the_job(jobs):

@@ -48,6 +48,7 @@ from dpmoe_operator.launch.manifests import build_job
 from dpmoe_operator.ledger.entry import in_entries
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_operator.ledger.log import Ledger
+from dpmoe_operator.local.apiserver.job_policies import failure_action
 from dpmoe_operator.local.apiserver.schema import prune_object, validate
 from dpmoe_trainer.contract import FINAL_CODES, Outcome, TrainingPlan
 
@@ -254,13 +255,11 @@ class Cluster:
         if each.get("counted"):
             return
         each["counted"] = True
-        disrupted = any(
-            c["type"] == "DisruptionTarget" for c in each["status"].get("conditions", [])
-        )
-        key = INDEX_DISRUPTIONS if disrupted else INDEX_FAILURES
+        ignored = failure_action(owner, each)[0] == "Ignore"
+        key = INDEX_DISRUPTIONS if ignored else INDEX_FAILURES
         told = self.told.setdefault(owner["metadata"]["uid"], {})
         told[key] = told.get(key, 0) + 1
-        if not disrupted:
+        if not ignored:
             owner["status"]["failed"] = owner["status"].get("failed", 0) + 1
 
     def create_pod(self, workload: Object) -> None:

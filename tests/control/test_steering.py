@@ -15,8 +15,10 @@ from tests.control.stages import (
     see,
     settled,
 )
+from tests.control.workloads import ended
 
 from dpmoe_operator.control.views import PAUSED, QUEUE_NAME, RELEASED
+from dpmoe_trainer.contract import ExitCode
 
 OPENED = {
     "models": ["models"],
@@ -148,6 +150,26 @@ def test_status_tells_of_restarts(cluster: Cluster, operator: Operator) -> None:
     assert "restarted 1 time; at step" in status["message"]
     kinds = {c["type"]: c["status"] for c in status["conditions"]}
     assert kinds["Restartable"] == "True"
+
+
+@pytest.mark.parametrize("code", [ExitCode.PEER_LOST, ExitCode.STOPPED])
+def test_pods_that_end_with_another_cost_no_retry(
+    cluster: Cluster, operator: Operator, code: ExitCode
+) -> None:
+    """An eviction ends all pods of a job, and marks but one of them as disrupted."""
+    reach_running(cluster, operator, retries=0)
+    for _ in range(2):
+        cluster.set_pod(list(cluster.pods)[-1], ended(code))
+        cluster.job_controller()
+        last = list(cluster.pods)[-1]
+        for _ in range(3):
+            cluster.advance(last)
+        assert see(operator) == ([], [])
+    cluster.train(last, 4)
+    cluster.finish(last)
+    cluster.job_controller()
+    see(operator)
+    assert settled(cluster) == ("Completed", 4)
 
 
 def test_pending_job_without_a_timeout_waits(cluster: Cluster, operator: Operator) -> None:

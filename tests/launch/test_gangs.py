@@ -46,7 +46,7 @@ def test_failed_pods_are_replaced_once_they_have_ended() -> None:
 
 
 def test_ends_that_would_repeat_end_the_job_and_disruptions_do_not_count() -> None:
-    final, disrupted = build_job(saved())["spec"]["podFailurePolicy"]["rules"]
+    final, disrupted, others = build_job(saved())["spec"]["podFailurePolicy"]["rules"]
     assert final["action"] == "FailJob"
     assert final["onExitCodes"] == {
         "containerName": "trainer",
@@ -59,6 +59,11 @@ def test_ends_that_would_repeat_end_the_job_and_disruptions_do_not_count() -> No
     assert disrupted == {
         "action": "Ignore",
         "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+    }
+    # Whom an eviction hits, and those that it ends with it: one that stops has all of them stop.
+    assert others == {
+        "action": "Ignore",
+        "onExitCodes": {"containerName": "trainer", "operator": "In", "values": [10, 143]},
     }
 
 

@@ -54,6 +54,9 @@ class ExitCode(IntEnum):
 FINAL_CODES = tuple(code for code in ExitCode if 3 <= code <= 9)
 """Ends that another try would only repeat."""
 
+OTHERS_CODES = (ExitCode.PEER_LOST, ExitCode.STOPPED)
+"""Ends that another pod or somebody outside brought about: no failure of the pod itself."""
+
 
 class Contract(BaseModel):
     """Base of all models here: immutable, camelCase on the wire, unknown fields are errors."""

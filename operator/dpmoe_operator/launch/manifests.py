@@ -19,7 +19,14 @@ from dpmoe_operator.launch.launching import (
     workload_name,
 )
 from dpmoe_operator.launch.volumes import mounts, volumes
-from dpmoe_trainer.contract import FINAL_CODES, PROGRESS_PORT, Environment, JobReference
+from dpmoe_trainer.contract import (
+    FINAL_CODES,
+    OTHERS_CODES,
+    PROGRESS_PORT,
+    Environment,
+    ExitCode,
+    JobReference,
+)
 
 RENDEZVOUS_PORT = 29500
 CONTAINER = "trainer"
@@ -161,12 +168,11 @@ def _failure_handling(launch: Launch) -> Json:
     """Which failed pods are replaced.
 
     With checkpoints and a journal, as many of each index as the job asks for, once the failed one
-    has ended; those that were disrupted do not count. Without, none: a second attempt would draw a
-    second noise, which the plan did not price.
+    has ended; those that were disrupted do not count, nor those that ended since another one did.
+    Without, none: a second attempt would draw a second noise, which the plan did not price.
     """
     if launch.checkpoints is None:
         return {"backoffLimit": 0}
-    codes = {"containerName": CONTAINER, "operator": "In", "values": [int(c) for c in FINAL_CODES]}
     disrupted = {"type": "DisruptionTarget", "status": "True"}
     return {
         "backoffLimitPerIndex": launch.retries,
@@ -174,11 +180,17 @@ def _failure_handling(launch: Launch) -> Json:
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": {
             "rules": [
-                {"action": "FailJob", "onExitCodes": codes},
+                {"action": "FailJob", "onExitCodes": _ended_with(FINAL_CODES)},
                 {"action": "Ignore", "onPodConditions": [disrupted]},
+                {"action": "Ignore", "onExitCodes": _ended_with(OTHERS_CODES)},
             ]
         },
     }
+
+
+def _ended_with(codes: Sequence[ExitCode]) -> Json:
+    values = [int(code) for code in codes]
+    return {"containerName": CONTAINER, "operator": "In", "values": values}
 
 
 def _pod(launch: Launch) -> Json:

@@ -12,7 +12,7 @@ A grant without the launched record has provably started nothing. A Job that was
 suspended again is over, unless it keeps checkpoints: a second start would spend a second time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -35,6 +35,7 @@ from dpmoe_operator.control.job_status import job_status, timed_out
 from dpmoe_operator.control.market import Market
 from dpmoe_operator.control.planning import Planned, Planner
 from dpmoe_operator.control.projection import block_status
+from dpmoe_operator.control.rows import account_name
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.settlement import (
     Verdict,
@@ -150,18 +151,40 @@ def _refuse_second_grant(job: JobView) -> None:
 def _open_grants(snapshot: Snapshot) -> Iterator[tuple[str, Grant]]:
     """Grants to decide about: unsettled, and run where the operator may look."""
     for uid, grant in snapshot.ledger.grants.items():
-        if (
-            grant.settled is None
-            and data_namespace(snapshot.ledger, grant) not in snapshot.unserved
-        ):
-            yield uid, grant
+        if grant.settled is None:
+            places = data_namespaces(
+                snapshot.ledger, grant, snapshot.jobs, snapshot.blocks.values()
+            )
+            if places.isdisjoint(snapshot.unserved):
+                yield uid, grant
 
 
-def data_namespace(ledger: LedgerState, grant: Grant) -> str:
-    """The data namespace in which a grant's pods run, or will."""
+def data_namespaces(
+    ledger: LedgerState,
+    grant: Grant,
+    jobs: Mapping[str, JobView],
+    blocks: Iterable[BlockView],
+) -> set[str]:
+    """The data namespaces in which something of an open grant may be: one, mostly.
+
+    A hub's data may have moved since its account was opened, to a block in another namespace.
+
+    Args:
+        ledger: holds the accounts.
+        grant: the grant.
+        jobs: all DPMoEJobs, by uid.
+        blocks: all blocks.
+    """
     if grant.launched is not None:
-        return grant.launched.workload.namespace
-    return ledger.accounts[grant.granted.charges[0].account].opened.block.namespace
+        return {grant.launched.workload.namespace}
+    job = jobs.get(grant.granted.job.uid)
+    if job is not None and job.spec is not None:
+        return {job.spec.blocks.namespace}
+    account = grant.granted.charges[0].account
+    live = [block for block in blocks if block.spec and account_name(block) == account]
+    return {block.meta.namespace for block in live} or {
+        ledger.accounts[account].opened.block.namespace
+    }
 
 
 def _settlements(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from dpmoe_operator.control.decide import data_namespace
+from dpmoe_operator.control.decide import data_namespaces
 from dpmoe_operator.control.pods import PodView
 from dpmoe_operator.control.views import BlockView, JobView, Snapshot, WorkloadView
 from dpmoe_operator.launch.launching import JOB_NAME, JOB_NAMESPACE, JOB_UID, workload_name
@@ -172,9 +172,12 @@ class Picture:
 
     def data_namespaces(self, ledger: LedgerState) -> set[str]:
         """Namespaces in which launched objects may be."""
-        live = {block.meta.namespace for block in self._blocks.values()}
-        open_grants = [grant for grant in ledger.grants.values() if grant.settled is None]
-        return live | {data_namespace(ledger, grant) for grant in open_grants}
+        blocks = self._blocks.values()
+        places = {block.meta.namespace for block in blocks}
+        for grant in ledger.grants.values():
+            if grant.settled is None:
+                places |= data_namespaces(ledger, grant, self._jobs, blocks)
+        return places
 
     def job_uids(self) -> set[str]:
         """Uids of all DPMoEJobs."""

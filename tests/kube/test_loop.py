@@ -19,7 +19,7 @@ from tests.builders import (
 from tests.control.workloads import workload
 
 from dpmoe_operator.kube.client import KubeClient
-from dpmoe_operator.kube.errors import Conflict
+from dpmoe_operator.kube.errors import Conflict, Forbidden
 from dpmoe_operator.kube.lease import Leadership
 from dpmoe_operator.kube.loop import RoundLoop
 from dpmoe_operator.kube.picture import Picture
@@ -205,3 +205,23 @@ async def test_entry_of_another_operator_makes_the_loop_look_again(world: World)
     assert looks == [0, 1]
     assert len(world.store.log) == 2, "and then it opens its account"
     assert world.client.asked_for_jobs() == []
+
+
+async def test_ended_job_in_a_forbidden_namespace_stalls_no_round(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: Any) -> None:
+        raise Forbidden(403, "Forbidden", "pods is forbidden")
+
+    monkeypatch.setattr(world.client, "list", refuse, raising=False)
+    world.another_operator_writes(opened(), granted("job-1"), launched("job-1"))
+
+    def see() -> None:
+        world.picture.put_job(job(uid="job-1"))
+        world.picture.on_workload("ADDED", workload("job-1", conditions={"Failed": "Deadline"}))
+
+    world.seen = see
+    before = world.loop.last_round
+    await world.run()
+    assert world.loop.last_round > before
+    assert len(world.store.log) == 1, "and it is not settled"

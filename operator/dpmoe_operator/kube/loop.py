@@ -19,7 +19,7 @@ from dpmoe_operator.control.planning import Planner
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.kube.apply import Applier
 from dpmoe_operator.kube.client import KubeClient
-from dpmoe_operator.kube.errors import ApiError
+from dpmoe_operator.kube.errors import ApiError, Forbidden
 from dpmoe_operator.kube.lease import Leadership
 from dpmoe_operator.kube.picture import Picture
 from dpmoe_operator.kube.resources import PODS
@@ -168,10 +168,17 @@ class RoundLoop:
             logger.warning("could not say so in the statuses: %s", problem)
 
     async def _confirm_pods(self) -> None:
-        """Read the pods of workloads that ended: their last word must not be missed."""
+        """Read the pods of workloads that ended: their last word must not be missed.
+
+        A namespace that is forbidden by now keeps its own from being settled, and no others.
+        """
         for workload in self._picture.unconfirmed(self._ledger.state):
             uid = workload.meta.labels[JOB_UID]
-            pods, _ = await self._client.list(PODS, workload.meta.namespace, f"{JOB_UID}={uid}")
+            try:
+                pods, _ = await self._client.list(PODS, workload.meta.namespace, f"{JOB_UID}={uid}")
+            except Forbidden as error:
+                logger.warning("%s is not confirmed: %s", workload.meta.name, error)
+                continue
             self._picture.confirm_pods(uid, pods)
 
     def _forget(self) -> None:

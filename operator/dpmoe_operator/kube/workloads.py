@@ -7,7 +7,7 @@ to read every pod of the cluster, and would. These watches ask the server for ou
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from dpmoe_operator.kube.client import KubeClient
 from dpmoe_operator.kube.errors import Forbidden
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 30.0
 FORBIDDEN_SECONDS = 30.0
+SILENT_SECONDS = 120.0
+"""After this a watch is asked about: each is heard of once a minute, by a bookmark at least."""
 
 
 class WorkloadWatch:
@@ -28,7 +30,7 @@ class WorkloadWatch:
     def __init__(self, client: KubeClient, picture: Picture) -> None:
         self._client, self._picture = client, picture
         self._informers: dict[str, list[Informer]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
         self._forbidden: dict[str, tuple[str, float]] = {}
 
     async def follow(self, namespaces: Collection[str]) -> dict[str, str]:
@@ -45,14 +47,29 @@ class WorkloadWatch:
             ApiError: the server does not answer.
         """
         for namespace in sorted(namespaces):
-            if namespace not in self._informers and await self._may_look(namespace):
-                self._start(namespace)
-        served = [n for n in namespaces if n in self._informers]
+            if not self._is_followed(namespace):
+                await self._ask_again(namespace)
+        served = [n for n in namespaces if n in self._tasks]
         for informer in (i for n in served for i in self._informers[n]):
             async with asyncio.timeout(SYNC_SECONDS):
                 await informer.synced.wait()
         self._raise_failures()
-        return {n: self._forbidden[n][0] for n in namespaces if n not in self._informers}
+        return {n: self._forbidden[n][0] for n in namespaces if n not in self._tasks}
+
+    def _is_followed(self, namespace: str) -> bool:
+        """Whether its watches are listed and alive."""
+        since = time.monotonic() - SILENT_SECONDS
+        return namespace in self._tasks and all(
+            informer.synced.is_set() and informer.last_contact > since
+            for informer in self._informers[namespace]
+        )
+
+    async def _ask_again(self, namespace: str) -> None:
+        """Watch a namespace, or leave one that was forbidden: its lists would never come."""
+        if not await self._may_look(namespace):
+            await self._leave(namespace)
+        elif namespace not in self._tasks:
+            self._run(namespace)
 
     async def _may_look(self, namespace: str) -> bool:
         """Whether Jobs and pods may be listed; a refusal is asked about again after a while."""
@@ -70,33 +87,38 @@ class WorkloadWatch:
         return True
 
     def _raise_failures(self) -> None:
-        for task in self._tasks:
+        for task in (each for tasks in self._tasks.values() for each in tasks):
             if task.done():
                 task.result()
 
     async def restart(self) -> None:
         """List everything anew, however late the watches are; `follow` waits for the lists."""
         self._raise_failures()
+        followed = list(self._tasks)
         await self.close()
-        for informers in self._informers.values():
-            for informer in informers:
-                informer.synced.clear()
-            self._run(informers)
+        for namespace in followed:
+            self._run(namespace)
 
     async def close(self) -> None:
         """Stop watching."""
-        for task in self._tasks:
+        for namespace in list(self._tasks):
+            await self._leave(namespace)
+
+    async def _leave(self, namespace: str) -> None:
+        """Stop watching a namespace. What was seen there is kept, for the list that comes next."""
+        tasks = self._tasks.pop(namespace, [])
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _start(self, namespace: str) -> None:
-        # Jobs first: pods are looked up by the Job that owns them.
-        self._informers[namespace] = [
-            Informer(self._client, JOBS, namespace, SELECTOR, self._picture.on_workload),
-            Informer(self._client, PODS, namespace, SELECTOR, self._picture.on_pod),
-        ]
-        self._run(self._informers[namespace])
-
-    def _run(self, informers: Iterable[Informer]) -> None:
-        self._tasks |= {asyncio.create_task(informer.run()) for informer in informers}
+    def _run(self, namespace: str) -> None:
+        if namespace not in self._informers:
+            # Jobs first: pods are looked up by the Job that owns them.
+            self._informers[namespace] = [
+                Informer(self._client, JOBS, namespace, SELECTOR, self._picture.on_workload),
+                Informer(self._client, PODS, namespace, SELECTOR, self._picture.on_pod),
+            ]
+        informers = self._informers[namespace]
+        for informer in informers:
+            informer.synced.clear()
+        self._tasks[namespace] = [asyncio.create_task(informer.run()) for informer in informers]

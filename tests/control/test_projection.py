@@ -200,6 +200,26 @@ def test_phases_of_a_granted_job() -> None:
     assert (stopped.steps_done, stopped.progress) == (40, "40%")
 
 
+def test_training_is_when_all_pods_run() -> None:
+    held = Granted(parallelism={"workers": 2})
+    held.launch()
+    progress = {"job-1": Progress(step=33, steps=100, epsilon=0.5, steps_per_second=0.01)}
+
+    def status(*pods: PodView) -> DPMoEJobStatus:
+        return held.status(*pods, progress=progress)
+
+    first = history(RUNNING, gone=False)
+    waits = status(first, history(NO_NODE, gone=False, node=None, index="1", uid="pod-2"))
+    assert phase(waits) == ("Running", "PodWaiting")
+    said = "1 of 2 trainer pods run, the others wait: Unschedulable: 0/1 nodes are available"
+    assert str(waits.message).startswith(f"{said}; at step 33 of 100")
+    assert waits.eta is None
+    both = status(first, history(RUNNING, gone=False, index="1", uid="pod-2"))
+    assert (phase(both), both.eta) == (("Running", "Training"), "1h51m")
+    saving = status(first, history(ended(0), gone=False, index="1", uid="pod-2"))
+    assert phase(saving) == ("Running", "Training")
+
+
 def test_plan_and_ledger_of_a_granted_job() -> None:
     held = Granted()
     status = held.status()

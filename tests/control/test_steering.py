@@ -18,7 +18,7 @@ from tests.control.stages import (
 from tests.control.workloads import ended
 
 from dpmoe_operator.control.views import PAUSED, QUEUE_NAME, RELEASED
-from dpmoe_trainer.contract import ExitCode
+from dpmoe_trainer.contract import ExitCode, Progress
 
 OPENED = {
     "models": ["models"],
@@ -136,10 +136,14 @@ def test_start_timeout_is_of_all_pods(cluster: Cluster, operator: Operator) -> N
 
 def test_status_tells_of_restarts(cluster: Cluster, operator: Operator) -> None:
     reach_running(cluster, operator)
+    operator.picture.progress["j"] = Progress(step=3, steps=4, epsilon=0.5, steps_per_second=0.01)
+    see(operator)
+    assert cluster.jobs["j"]["status"]["eta"] == "1m"
     cluster.finish(only_pod(cluster), crash=True)
     see(operator)
     status = cluster.jobs["j"]["status"]
     assert (status["state"], status["reason"]) == ("Running", "Restarting")
+    assert "eta" not in status, "a dead pod's is none"
     assert status["message"].startswith("trainer pod 0 ended with exit code 137 and is replaced")
     cluster.job_controller()
     for _ in range(3):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from dpmoe_operator.control.pods import PodView
 from dpmoe_operator.control.views import JobView, WorkloadView
-from dpmoe_trainer.contract import Progress
+from dpmoe_trainer.contract import ExitCode, Progress
 
 State = Literal["Pending", "Rejected", "Reserved", "Running", "Completed", "Failed", "Suspended"]
 
@@ -33,7 +33,10 @@ def phase_of(
                 "budget is reserved; it waits for GPUs in Kueue's queue",
             )
         return "Suspended", "Preempted", f"Kueue gave its GPUs away; it goes on later; {at}"
-    if any(pod.running for pod in workload.pods):
+    workers = job.spec.parallelism.workers if job.spec else 1
+    running = {pod.index for pod in workload.pods if pod.running and not pod.gone}
+    done = {pod.index for pod in workload.pods if pod.exit_code == ExitCode.COMPLETED}
+    if running and len(running | done) >= workers:
         return "Running", "Training", f"the trainer runs; {times}{at}{_no_pause(job, workload)}"
     ended = next((p for p in reversed(workload.pods) if p.exit_code is not None), None)
     stuck = next((pod.waiting for pod in workload.pods if pod.waiting and not pod.gone), None)
@@ -42,6 +45,10 @@ def phase_of(
         return "Running", "Restarting", f"{_how(ended)} and is replaced; {times}{at}{waits}"
     if ended is not None:
         return "Running", "Settling", "the trainer ended; what it spent is being settled"
+    if running:
+        waits = f": {stuck}" if stuck else ""
+        only = f"{len(running)} of {workers} trainer pods run, the others wait{waits}"
+        return "Running", "PodWaiting", f"{only}; {times}{at}{_no_pause(job, workload)}"
     if stuck is not None:
         return "Reserved", "PodWaiting", f"the trainer pod waits: {stuck}"
     return "Reserved", "PodPending", "budget is reserved; the trainer pods wait for a node"

@@ -147,7 +147,7 @@ def _status_with_grant(job: JobView, snapshot: Snapshot, grant: Grant) -> DPMoEJ
         steps=granted.steps,
         steps_done=done,
         progress=f"{100 * done // granted.steps}%",
-        eta=eta_of(snapshot.progress.get(job.meta.uid)) if state == "Running" else None,
+        eta=eta_of(snapshot.progress.get(job.meta.uid)) if reason == "Training" else None,
         restarts=restarts,
         blocks=_block_names(snapshot, granted.charges),
         grant_entry=grant.entry,

@@ -27,10 +27,19 @@ async def poll_progress(picture: Picture) -> None:
             running = picture.running_pods()
             answers = await asyncio.gather(*(_ask(session, pod) for _, pod in running))
             for (job_uid, _), progress in zip(running, answers, strict=True):
-                if progress is not None and picture.progress.get(job_uid) != progress:
-                    picture.progress[job_uid] = progress
-                    picture.changed.set()
+                if progress is not None:
+                    _remember(picture, job_uid, progress)
             await asyncio.sleep(POLL_SECONDS)
+
+
+def _remember(picture: Picture, job_uid: str, told: Progress) -> None:
+    """The newest answer, at the most steps that any told: a restarted run begins at fewer."""
+    known = picture.progress.get(job_uid)
+    if known is not None and known.step > told.step:
+        told = told.model_copy(update={"step": known.step})
+    if told != known:
+        picture.progress[job_uid] = told
+        picture.changed.set()
 
 
 async def _ask(session: aiohttp.ClientSession, pod: dict[str, Any]) -> Progress | None:

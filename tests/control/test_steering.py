@@ -134,6 +134,21 @@ def test_start_timeout_is_of_all_pods(cluster: Cluster, operator: Operator) -> N
     assert settled(cluster) == ("Stopped", 3)
 
 
+def test_time_in_kueues_queue_is_no_wait_for_nodes(cluster: Cluster, operator: Operator) -> None:
+    placement = {"queueName": "gpus", "startTimeoutSeconds": 60}
+    reach_released(cluster, operator, placement=placement)
+    cluster.now += timedelta(days=1)
+    assert see(operator) == ([], [])
+    [workload] = cluster.workloads
+    cluster.suspend(workload, suspend=False)
+    assert see(operator) == ([], []), "its pods are about to be created"
+    cluster.job_controller()
+    cluster.now += timedelta(seconds=60)
+    assert see(operator) == ([], [])
+    cluster.now += timedelta(seconds=1)
+    assert see(operator) == ([], ["Stop"])
+
+
 def test_status_tells_of_restarts(cluster: Cluster, operator: Operator) -> None:
     reach_running(cluster, operator)
     operator.picture.progress["j"] = Progress(step=3, steps=4, epsilon=0.5, steps_per_second=0.01)

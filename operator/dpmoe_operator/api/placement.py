@@ -89,8 +89,9 @@ class Placement(ApiModel):
     Attributes:
         queue_name: Kueue's LocalQueue in the blocks' namespace that the pods wait in for their
             GPUs, once the job has its budget.
-        start_timeout_seconds: how long the pods may wait for nodes after the job got its budget;
-            then the budget returns. The operator's default if absent.
+        start_timeout_seconds: how long the pods may wait for nodes, after the job got its budget
+            and Kueue, where it has a queue, let it start; then the budget returns. The operator's
+            default if absent.
     """
 
     node_selector: Labels = {}

@@ -5,6 +5,7 @@ is in the ledger. Only a Job that keeps checkpoints may be suspended and go on.
 """
 
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from dpmoe_operator.control.actions import Action, MarkStarted, Pause, Release, Stop
@@ -73,9 +74,24 @@ def start_timed_out(
     limit = job.spec.placement.start_timeout_seconds or settings.start_timeout_seconds
     if limit is None or workload.meta.generation > 2:
         return False
+    since = _to_be_placed_since(workload)
+    if since is None:
+        return False
     started = {pod.index for pod in workload.pods if pod.may_have_started or pod.failures}
-    waited = (snapshot.now - workload.released).total_seconds()
+    waited = (snapshot.now - since).total_seconds()
     return len(started) < job.spec.parallelism.workers and waited > limit
+
+
+def _to_be_placed_since(workload: WorkloadView) -> datetime | None:
+    """From when on the pods of a released Job wait for nodes; None as long as Kueue holds it back.
+
+    Kueue says nothing of when it started a Job, but its pods were created then.
+    """
+    if not workload.queued:
+        return workload.released
+    if workload.asked_to_suspend:
+        return None
+    return min((pod.created for pod in workload.pods), default=None)
 
 
 def release_patch(action: Release, now: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dpmoe_operator.control.actions import (
 )
 from dpmoe_operator.control.steering import pause_patch, release_patch, stop_patch
 from dpmoe_operator.control.times import format_time
+from dpmoe_operator.control.views import QUEUE_NAME
 from dpmoe_operator.kube.client import KubeClient
 from dpmoe_operator.kube.errors import AlreadyExists, ApiError, Conflict, NotFound, Unreachable
 from dpmoe_operator.kube.picture import Picture
@@ -137,7 +138,9 @@ class Applier:
         """Create the suspended Job and what it owns; all of it may exist from an earlier try."""
         uid = launch.job.uid
         try:
-            job = await self._ensure(JOBS, build_job(launch))
+            manifest = build_job(launch)
+            await self._refuse_early_queue(manifest)
+            job = await self._ensure(JOBS, manifest)
             owner = _owner(job["metadata"]["name"], job["metadata"]["uid"])
             gang = [(POD_GROUPS, build_pod_group(launch))] if needs_gang(launch) else []
             for resource, manifest in (
@@ -161,6 +164,26 @@ class Applier:
         self._picture.launch_errors.pop(uid, None)
         self._picture.prepared.add(uid)
         self._picture.on_workload("MODIFIED", job)
+
+    async def _refuse_early_queue(self, manifest: dict[str, Any]) -> None:
+        """Raise where Kueue would take the Job at once: it may start it before it is launched.
+
+        Where a namespace has a LocalQueue `default`, Kueue's webhook labels Jobs that name none.
+        """
+        meta = manifest["metadata"]
+        try:
+            seen = await self._client.create(JOBS, meta["namespace"], manifest, dry_run=True)
+        except AlreadyExists:
+            return
+        queue = (seen["metadata"].get("labels") or {}).get(QUEUE_NAME)
+        if queue is not None:
+            raise ApiError(
+                409,
+                "Conflict",
+                f"Kueue puts every Job of namespace {meta['namespace']} into LocalQueue {queue!r}"
+                " before its launch is in the ledger: give that LocalQueue another name, by which"
+                " jobs ask for it in spec.placement.queueName",
+            )
 
     async def _ensure(self, resource: Resource, manifest: dict[str, Any]) -> dict[str, Any]:
         meta = manifest["metadata"]

@@ -120,9 +120,15 @@ class KubeClient:
                 return items, metadata.get("resourceVersion", "")
             params = params | {"continue": metadata["continue"]}
 
-    async def create(self, resource: Resource, namespace: str | None, body: Object) -> Object:
-        """Creates an object; raises `AlreadyExists` where its name is taken."""
-        return await self._object("POST", resource.path(namespace), body, _WRITE_PARAMS)
+    async def create(
+        self, resource: Resource, namespace: str | None, body: Object, *, dry_run: bool = False
+    ) -> Object:
+        """Creates an object, or only says what it would be.
+
+        Raises `AlreadyExists` where its name is taken.
+        """
+        params = _WRITE_PARAMS | ({"dryRun": "All"} if dry_run else {})
+        return await self._object("POST", resource.path(namespace), body, params)
 
     async def replace(
         self,

@@ -12,6 +12,7 @@ from dpmoe_operator.cli.main import app
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.kube.lease import LEASE_SECONDS
 from dpmoe_operator.kube.operator import LEASE_NAME
+from dpmoe_operator.launch.launching import MANAGED_BY, MANAGER
 from dpmoe_trainer.contract import PROGRESS_PORT
 
 DEFAULTS = Settings(namespace="", trainer_image="")
@@ -226,6 +227,15 @@ def test_the_network_policy_lets_the_operator_work_and_no_more(full: list[Manife
     [expression] = to["namespaceSelector"]["matchExpressions"]
     assert expression["values"] == FULL["dataNamespaces"]
     assert to["podSelector"] == {"matchLabels": {"app.kubernetes.io/managed-by": "dpmoe"}}
+
+
+def test_trainers_reach_nothing_but_by_their_jobs_own_policies(full: list[Manifest]) -> None:
+    for namespace in FULL["dataNamespaces"]:
+        policy = only(full, "NetworkPolicy", "dpmoe-operator-data", namespace)
+        assert policy["spec"] == {
+            "podSelector": {"matchLabels": {MANAGED_BY: MANAGER}},
+            "policyTypes": ["Ingress", "Egress"],
+        }
 
 
 def test_placement_and_pull_secrets_are_passed_on(full: list[Manifest]) -> None:

@@ -69,6 +69,8 @@ def test_paused_job_leaves_the_queue_and_returns_to_it(
     assert see(operator) == ([], ["Pause"])
     assert QUEUE_NAME not in workload["metadata"]["labels"]
     assert workload["spec"]["suspend"] is True
+    see(operator)
+    assert "its quota in Kueue stay reserved" in cluster.jobs["j"]["status"]["message"]
     cluster.edit("j", suspend=False)
     cluster.job_controller()
     assert see(operator) == ([], ["Release"])

@@ -24,7 +24,9 @@ def phase_of(
     """
     times = f"restarted {restarts} time{'s' if restarts != 1 else ''}; " if restarts else ""
     if workload.restartable and workload.paused:
-        return "Suspended", "Suspended", f"spec.suspend is true; its budget stays reserved; {at}"
+        queued = job.spec is not None and job.spec.placement.queue_name is not None
+        what = "its budget and its quota in Kueue stay" if queued else "its budget stays"
+        return "Suspended", "Suspended", f"spec.suspend is true; {what} reserved; {at}"
     if workload.queued and workload.asked_to_suspend and not workload.cancelled:
         if workload.starts == 0:
             return (

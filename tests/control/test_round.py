@@ -18,7 +18,7 @@ from tests.builders import (
 from dpmoe_operator.control.actions import Prepare, SetStatus
 from dpmoe_operator.control.decide import decide, react
 from dpmoe_operator.control.planning import Planner
-from dpmoe_operator.launch.manifests import build_all
+from dpmoe_operator.launch.manifests import build_job, build_owned
 
 NUMBERS = ["1e-99", "0.000001", "0.7", "1", "50", "999999999"]
 ODD: list[Object] = [
@@ -85,7 +85,8 @@ def test_every_manifest_is_answered_and_none_stops_the_round(
         assert 0 < mechanism.sampling_rate <= 1
         assert 1 <= mechanism.steps <= 10**7
         assert all(max(amounts) > 0 for amounts in decision.plans["odd"].demand.values())
-        assert len(build_all(prepared["odd"])) == 4
+        assert build_job(prepared["odd"])["spec"]["suspend"]
+        assert len(build_owned(prepared["odd"])) == 3
     else:
         event(str(written["odd"]["reason"]))
         assert written["odd"]["message"]

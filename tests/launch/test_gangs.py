@@ -8,8 +8,8 @@ from tests.launch.test_manifests import container_of, launch, mounts_of, pod_of,
 
 from dpmoe_operator.launch.launching import Launch, workload_name
 from dpmoe_operator.launch.manifests import (
-    build_all,
     build_job,
+    build_owned,
     build_pod_group,
     build_start_mark,
     needs_gang,
@@ -115,10 +115,10 @@ def test_gang_where_the_server_has_them() -> None:
     group = build_pod_group(launched)
     assert group["spec"] == {"schedulingPolicy": {"gang": {"minCount": 3}}}
     assert pod_of(launched)["schedulingGroup"] == {"podGroupName": group["metadata"]["name"]}
-    assert [m["kind"] for m in build_all(launched)][-2:] == ["PodGroup", "Job"]
+    assert build_owned(launched)[-1] == group
     for other in (saved(parallelism={"workers": 3}), saved(gangs)):
         assert "schedulingGroup" not in pod_of(other)
-        assert "PodGroup" not in [m["kind"] for m in build_all(other)]
+        assert "PodGroup" not in [m["kind"] for m in build_owned(other)]
 
 
 def test_platform_sets_variables_and_grace_but_never_the_operators_own() -> None:

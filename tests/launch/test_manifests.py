@@ -34,10 +34,10 @@ from dpmoe_operator.launch import paths
 from dpmoe_operator.launch.launching import JOB_UID, Launch, labels, workload_name
 from dpmoe_operator.launch.manifests import (
     CONTAINER,
-    build_all,
     build_config_map,
     build_job,
     build_network_policy,
+    build_owned,
     build_service,
 )
 from dpmoe_trainer.contract import PROGRESS_PORT, JobReference, TrainingPlan
@@ -60,6 +60,10 @@ def launch(*blocks: Object, settings: Any = SETTINGS, name: str = "train", **spe
 
 def pod_of(launched: Launch) -> Any:
     return build_job(launched)["spec"]["template"]["spec"]
+
+
+def all_of(launched: Launch) -> list[Any]:
+    return [build_job(launched), *build_owned(launched)]
 
 
 def container_of(launched: Launch) -> Any:
@@ -337,8 +341,8 @@ def test_network_policy_lets_out_to_own_pods_dns_and_named_storage() -> None:
 
 def test_everything_lives_in_the_data_namespace_and_names_its_job() -> None:
     launched = launch()
-    manifests = build_all(launched)
-    assert [m["kind"] for m in manifests] == ["ConfigMap", "Service", "NetworkPolicy", "Job"]
+    manifests = all_of(launched)
+    assert [m["kind"] for m in manifests] == ["Job", "ConfigMap", "Service", "NetworkPolicy"]
     for manifest in manifests:
         meta = manifest["metadata"]
         assert (meta["namespace"], meta["name"]) == (OWNER, workload_name(launched.job))
@@ -426,7 +430,7 @@ def strings(value: Any) -> list[str]:
 
 
 def test_manifests_are_plain_json() -> None:
-    for manifest in build_all(launch(placement=PLACEMENT)):
+    for manifest in all_of(launch(placement=PLACEMENT)):
         assert json.loads(json.dumps(manifest)) == manifest
 
 
@@ -442,6 +446,6 @@ def test_free_text_of_a_job_reaches_nothing_but_the_plan() -> None:
         },
         output={"claim": {"path": MARK}},
     )
-    for manifest in build_all(launched):
+    for manifest in all_of(launched):
         found = [text for text in strings(manifest) if MARK in text]
         assert found == ([launched.plan_json] if manifest["kind"] == "ConfigMap" else [])

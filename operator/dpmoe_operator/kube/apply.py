@@ -36,15 +36,7 @@ from dpmoe_operator.kube.resources import (
     Resource,
 )
 from dpmoe_operator.launch.launching import Launch
-from dpmoe_operator.launch.manifests import (
-    build_config_map,
-    build_job,
-    build_network_policy,
-    build_pod_group,
-    build_service,
-    build_start_mark,
-    needs_gang,
-)
+from dpmoe_operator.launch.manifests import build_job, build_owned, build_start_mark
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +44,12 @@ PARALLEL_WRITES = 16
 PATIENCE_SECONDS = 1.5
 """How long a group of actions may keep a round from starting that something new asks for."""
 
+_OWNED = {
+    "ConfigMap": CONFIG_MAPS,
+    "Service": SERVICES,
+    "NetworkPolicy": NETWORK_POLICIES,
+    "PodGroup": POD_GROUPS,
+}
 _CUSTOM = {resource.plural: resource for resource in (PRIVATE_BLOCKS, DPMOE_JOBS)}
 
 
@@ -142,17 +140,11 @@ class Applier:
             await self._refuse_early_queue(manifest)
             job = await self._ensure(JOBS, manifest)
             owner = _owner(job["metadata"]["name"], job["metadata"]["uid"])
-            gang = [(POD_GROUPS, build_pod_group(launch))] if needs_gang(launch) else []
-            for resource, manifest in (
-                (CONFIG_MAPS, build_config_map(launch)),
-                (SERVICES, build_service(launch)),
-                (NETWORK_POLICIES, build_network_policy(launch)),
-                *gang,
-            ):
-                manifest["metadata"]["ownerReferences"] = [owner]
-                there = await self._ensure(resource, manifest)
+            for owned in build_owned(launch):
+                owned["metadata"]["ownerReferences"] = [owner]
+                there = await self._ensure(_OWNED[owned["kind"]], owned)
                 _check_owner(there, owner["uid"])
-                if resource is CONFIG_MAPS and there.get("data") != manifest["data"]:
+                if "data" in owned and there.get("data") != owned["data"]:
                     raise ApiError(
                         409, "Conflict", f"ConfigMap {owner['name']} holds another plan: delete it"
                     )

@@ -32,14 +32,13 @@ RENDEZVOUS_PORT = 29500
 CONTAINER = "trainer"
 
 
-def build_all(launch: Launch) -> list[Json]:
-    """The manifests of a granted job, in the order in which they are created, the Job last."""
+def build_owned(launch: Launch) -> list[Json]:
+    """What the Job owns, in the order of creation; the Job comes first, and waits suspended."""
     return [
         build_config_map(launch),
         build_service(launch),
         build_network_policy(launch),
         *([build_pod_group(launch)] if needs_gang(launch) else []),
-        build_job(launch),
     ]
 
 

@@ -38,7 +38,7 @@ from dpmoe_operator.control.actions import (
 )
 from dpmoe_operator.control.decide import Decision, decide, react
 from dpmoe_operator.control.planning import Planner
-from dpmoe_operator.control.pods import INDEX_DISRUPTIONS, INDEX_FAILURES
+from dpmoe_operator.control.pods import INDEX_DISRUPTIONS, INDEX_FAILURES, TRACKING
 from dpmoe_operator.control.steering import pause_patch, release_patch, stop_patch
 from dpmoe_operator.control.times import format_time
 from dpmoe_operator.control.views import WorkloadView
@@ -69,6 +69,7 @@ class Cluster:
         steps: steps that trainers of a DPMoEJob really took, over all of its pods.
         journals: by DPMoEJob, the pods that ever started, as its checkpoint volume knows them.
         told: by Kubernetes Job, the counts of failures that its next pod is told.
+        version: of the last write.
         pending: events that the operator's watches have not brought yet.
     """
 
@@ -84,7 +85,7 @@ class Cluster:
         self.told: dict[str, dict[str, int]] = {}
         self.store = MemoryStore()
         self.pending: list[Event] = []
-        self._version = 100
+        self.version = 100
         self._truth = LedgerState()
 
     @property
@@ -102,8 +103,8 @@ class Cluster:
 
     def changed(self, kind: str, event: str, manifest: Object) -> None:
         """A write: a new resource version, and an event for whoever watches."""
-        self._version += 1
-        manifest["metadata"]["resourceVersion"] = str(self._version)
+        self.version += 1
+        manifest["metadata"]["resourceVersion"] = str(self.version)
         self.pending.append((kind, event, deepcopy(manifest)))
 
     # What people do
@@ -164,7 +165,7 @@ class Cluster:
         if known is not None:
             return deepcopy(known)
         manifest = build_job(launch)
-        uid = f"workload-{self._version}"
+        uid = f"workload-{self.version}"
         manifest["metadata"] = metadata(
             manifest["metadata"]["name"],
             OWNER,
@@ -213,6 +214,7 @@ class Cluster:
         if manifest["spec"]["suspend"]:
             self.told.pop(uid, None)
             for each in alive:
+                self.let_go(each)
                 self.terminate(each["metadata"]["uid"])
             left = [name for name in self.pods_of(uid) if not _is_over(self.pods[name])]
             kept = {k: v for k, v in manifest["status"].items() if k == "failed"}
@@ -263,14 +265,21 @@ class Cluster:
             owner["status"]["failed"] = owner["status"].get("failed", 0) + 1
 
     def create_pod(self, workload: Object) -> None:
-        uid = f"pod-{self._version}"
+        uid = f"pod-{self.version}"
         job_uid, owner = workload["metadata"]["labels"][JOB_UID], workload["metadata"]["uid"]
         self.pods[uid] = pod(UNSCHEDULED, uid=uid, node=None, job_uid=job_uid, owner=owner)
+        self.pods[uid]["metadata"]["finalizers"] = [TRACKING]
         self.pods[uid]["metadata"]["labels"] = dict(workload["metadata"]["labels"])
         self.pods[uid]["metadata"]["creationTimestamp"] = format_time(self.now)
         for key, count in self.told.get(owner, {}).items():
             self.pods[uid]["metadata"]["annotations"][key] = str(count)
         self.changed("pod", "ADDED", self.pods[uid])
+
+    def let_go(self, each: Object) -> None:
+        """The Job controller will not count how a living pod ends, since it deletes it itself."""
+        if "deletionTimestamp" not in each["metadata"] and each["metadata"]["finalizers"]:
+            each["metadata"]["finalizers"] = []
+            self.changed("pod", "MODIFIED", each)
 
     # Pods
 
@@ -422,11 +431,13 @@ class Operator:
 
     Attributes:
         fuse: how many more writes it does before it is killed; None lets it live.
+        deaf: its watch of pods brings nothing.
     """
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.fuse: int | None = None
+        self.deaf = False
         self.restart()
 
     def restart(self) -> None:
@@ -444,17 +455,37 @@ class Operator:
             self.picture.on_workload("ADDED", deepcopy(manifest))
         for manifest in self.cluster.pods.values():
             self.picture.on_pod("ADDED", deepcopy(manifest))
+        self.picture.on_pods_told(OWNER, str(self.cluster.version), True)
+
+    def list_pods(self) -> None:
+        """The watch of pods breaks, with all that it had not brought yet, and a list follows."""
+        pending, pods = self.cluster.pending, self.cluster.pods
+        pending[:] = [event for event in pending if event[0] != "pod"]
+        for uid, seen in list(self.picture._pod_objects.items()):
+            if uid not in pods:
+                self.picture.on_pod("DELETED", seen)
+        for manifest in pods.values():
+            self.picture.on_pod("MODIFIED", deepcopy(manifest))
+        self.picture.on_pods_told(OWNER, str(self.cluster.version), True)
 
     def deliver(self, count: int | None = None) -> None:
         """Let the watches bring the oldest events."""
+        self._deliver(count)
+        if not any(kind == "pod" for kind, _, _ in self.cluster.pending):
+            self.picture.on_pods_told(OWNER, str(self.cluster.version), False)
+
+    def _deliver(self, count: int | None) -> None:
         events = self.cluster.pending[:count]
-        del self.cluster.pending[: len(events)]
+        late = [event for event in events if self.deaf and event[0] == "pod"]
+        self.cluster.pending[: len(events)] = late
         for kind, event, manifest in events:
             uid = manifest["metadata"]["uid"]
             if kind == "workload":
                 self.picture.on_workload(event, manifest)
-            elif kind == "pod":
+            elif kind == "pod" and not self.deaf:
                 self.picture.on_pod(event, manifest)
+            elif kind == "pod":
+                continue
             elif kind == "block":
                 if event == "DELETED":
                     self.picture.drop_block(uid)
@@ -494,7 +525,7 @@ class Operator:
             for each in self.cluster.pods.values()
             if each["metadata"]["labels"][JOB_UID] == uid
         ]
-        self.picture.confirm_pods(uid, pods)
+        self.picture.confirm_pods(workload, pods, str(self.cluster.version))
 
     def _apply(self, action: Action) -> None:
         cluster = self.cluster

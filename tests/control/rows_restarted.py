@@ -142,6 +142,33 @@ def _(cluster: Cluster, operator: Operator) -> None:
     operator.restart()
 
 
+@restarting("another attempt came and went in a gap of the watch", "the plan", "ReportMissing")
+def _(cluster: Cluster, operator: Operator) -> None:
+    """The same, to an operator that ran, saw the first one run, and was told of its end."""
+    reach_running(cluster, operator)
+    see(operator)
+    report = reported(cluster, steps=TAKEN - 1, attempts=attempts(cluster))
+    end(cluster, ExitCode.PEER_LOST, report)
+    come_and_go(cluster, operator)
+    operator.list_pods()
+
+
+def come_and_go(cluster: Cluster, operator: Operator) -> None:
+    """Another pod draws, and goes with the job, while the watch of pods brings nothing."""
+    operator.deaf = True
+    cluster.job_controller()
+    unseen = newest(cluster)
+    for _ in range(3):
+        cluster.advance(unseen)
+    cluster.train(unseen)
+    cluster.delete("job", "j")
+    assert see(operator) == ([], ["Stop"])
+    for _ in range(2):
+        cluster.job_controller()
+        cluster.kubelet()
+    operator.deaf = False
+
+
 @restarting("suspended by its author, and deleted meanwhile", "the steps taken", "Stopped")
 def _(cluster: Cluster, operator: Operator) -> None:
     reach_running(cluster, operator)

@@ -64,7 +64,7 @@ def grant(**fields: Any) -> Grant:
 
 def view(*pods: PodView, **fields: Any) -> WorkloadView:
     fields = {"conditions": FAILED, "failed": len(pods), **fields}
-    return WorkloadView.of(workload(**fields), pods, confirmed=True)
+    return WorkloadView.of(workload(**fields), pods, confirmed=True, caught_up=True)
 
 
 def ran(exit_code: int, message: str | None = None, **fields: Any) -> PodView:

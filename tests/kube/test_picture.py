@@ -107,6 +107,48 @@ def test_pod_that_ran_once_has_run_whatever_comes_later() -> None:
     assert view.may_have_started
 
 
+def test_list_after_a_gap_takes_the_witness_of_pods_that_are_over() -> None:
+    picture = Picture()
+    picture.on_workload("ADDED", workload())
+    picture.on_pod("ADDED", pod(1, phase="Running"))
+    picture.on_pods_told("data", "1", listed=True)
+    assert [view.witnessed for view in seen(picture)["job-uid"].pods] == [True]
+    picture.on_pod("MODIFIED", pod(2, phase="Failed"))
+    picture.on_pods_told("data", "2", listed=False)
+    picture.on_pods_told("elsewhere", "9", listed=True)
+    assert [view.witnessed for view in seen(picture)["job-uid"].pods] == [True]
+    picture.on_pods_told("data", "9", listed=True)
+    assert [view.witnessed for view in seen(picture)["job-uid"].pods] == [False]
+    picture.on_pod("DELETED", pod(10, phase="Failed"))
+    assert [view.witnessed for view in seen(picture)["job-uid"].pods] == [False]
+
+
+def test_living_pod_without_its_finalizer_was_let_go() -> None:
+    tracked, free = pod(1, phase="Running"), pod(2, phase="Running")
+    tracked["metadata"]["finalizers"] = ["batch.kubernetes.io/job-tracking"]
+    for ended, let_go in (("Running", True), ("Failed", False)):
+        picture = Picture()
+        picture.on_workload("ADDED", workload())
+        picture.on_pod("ADDED", tracked)
+        picture.on_pod("MODIFIED", free | {"status": {"phase": ended}})
+        picture.on_pod("DELETED", pod(3, phase="Failed"))
+        assert [view.let_go for view in seen(picture)["job-uid"].pods] == [let_go]
+
+
+def test_pods_are_confirmed_for_the_job_as_it_was_read_and_once_the_watch_told_as_much() -> None:
+    picture = Picture()
+    picture.on_workload("ADDED", workload(4))
+    picture.on_pods_told("data", "8", listed=False)
+    picture.confirm_pods(seen(picture)["job-uid"], [], "9")
+    view = seen(picture)["job-uid"]
+    assert (view.confirmed, view.caught_up) == (True, False)
+    picture.on_pods_told("data", "9", listed=False)
+    assert seen(picture)["job-uid"].caught_up
+    picture.on_workload("MODIFIED", workload(10))
+    view = seen(picture)["job-uid"]
+    assert (view.confirmed, view.caught_up) == (False, False)
+
+
 def test_pod_of_another_owner_is_not_counted() -> None:
     picture = Picture()
     picture.on_workload("ADDED", workload())

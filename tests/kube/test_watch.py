@@ -179,6 +179,34 @@ async def test_after_a_gap_the_differences_are_told(
     ]
 
 
+async def test_says_how_far_it_has_come_and_whether_it_may_have_skipped_something(
+    stub: StubServer, client: KubeClient
+) -> None:
+    told: list[Any] = []
+    done = asyncio.Event()
+
+    def hear(version: str, listed: bool) -> None:
+        told.append((version, listed))
+        if version == "20":
+            done.set()
+
+    informer = Informer(
+        client, PODS, on_event=lambda _, pod: told.append(pod["metadata"]["name"]), on_told=hear
+    )
+    stub.script(
+        listing(5, pod("a", 3)),
+        events(("ADDED", pod("b", 7)), bookmark(9), then_hang=False),
+        refusal(410, "Gone"),
+        listing(20, pod("b", 11)),
+        events(),
+    )
+    task = asyncio.create_task(informer.run())
+    async with asyncio.timeout(10):
+        await done.wait()
+    task.cancel()
+    assert told == ["a", ("5", True), "b", ("7", False), ("9", False), "a", "b", ("20", True)]
+
+
 async def test_last_contact_stands_still_while_nothing_is_heard(
     stub: StubServer, client: KubeClient
 ) -> None:

@@ -12,6 +12,8 @@ Json = Mapping[str, Any]
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 INDEX_FAILURES = "batch.kubernetes.io/job-index-failure-count"
 INDEX_DISRUPTIONS = "batch.kubernetes.io/job-index-ignored-failure-count"
+TRACKING = "batch.kubernetes.io/job-tracking"
+"""Finalizer of a Job's pods, until the Job controller has counted how they ended."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,11 @@ class PodView:
             `Unschedulable: 0/2 nodes are available`.
         failures: pods of its index that failed or were disrupted before it, since the Job last
             started, by Kubernetes' own count.
-        witnessed: it was seen before it ended. So nothing that followed it went unseen.
+        witnessed: it was seen before it ended, and the watch brought all that came after that. So
+            nothing that followed it went unseen, as far as the watch has come.
+        tracked: the Job controller will count how it ends.
+        let_go: it lived when the Job controller had given up counting it, which it does to suspend
+            the Job. So nothing followed it before the Job was started again.
     """
 
     uid: str
@@ -40,6 +46,8 @@ class PodView:
     created: datetime
     failures: int
     witnessed: bool
+    tracked: bool
+    let_go: bool
     gone: bool
     scheduled: bool
     may_have_started: bool
@@ -66,6 +74,8 @@ class PodView:
             created=parse_time(meta["creationTimestamp"]),
             failures=sum(_count(meta, key) for key in (INDEX_FAILURES, INDEX_DISRUPTIONS)),
             witnessed=not gone and status.get("phase") not in ("Succeeded", "Failed"),
+            tracked=TRACKING in (meta.get("finalizers") or ()),
+            let_go=False,
             gone=gone,
             scheduled=scheduled,
             may_have_started=scheduled and not _never_started(status, containers, gone),
@@ -88,7 +98,11 @@ class PodView:
         """
         if earlier is None:
             return self
-        seen = replace(self, witnessed=self.witnessed or earlier.witnessed)
+        seen = replace(
+            self,
+            witnessed=self.witnessed or earlier.witnessed,
+            let_go=earlier.let_go or (self.alive and earlier.tracked and not self.tracked),
+        )
         if earlier.may_have_started == self.may_have_started:
             return seen
         if earlier.may_have_started:

@@ -6,6 +6,8 @@ report says whom it lists. So a report counts everything if it lists every pod t
 rank 0, its own last. What may have gone unseen is a doubt, and doubts end closed.
 """
 
+from collections.abc import Iterable, Set
+
 from pydantic import ValidationError
 
 from dpmoe_operator.control.pods import PodView
@@ -50,11 +52,52 @@ def _all_seen(workload: WorkloadView, *, rank_0_alone: bool) -> bool:
     indexes = {0} if rank_0_alone else {pod.index for pod in workload.pods}
     for index in indexes:
         pods = [pod for pod in workload.pods if pod.index == index]
-        last = max(pods, key=lambda pod: (pod.created, pod.failures))
         followed = max(pod.failures for pod in pods)
-        if not last.witnessed or len(pods) <= followed or len(pods) < workload.starts:
+        if len(pods) <= followed or _beginnings(pods, set()) < workload.starts:
+            return False
+        if not _unfollowed(workload, _last_of(pods)):
             return False
     return True
+
+
+def _last_of(pods: Iterable[PodView]) -> PodView:
+    return max(pods, key=lambda pod: (pod.created, pod.failures))
+
+
+def _beginnings(pods: Iterable[PodView], unseen: Set[str]) -> int:
+    """How many starts of the Job are known by their first pods: no pod of that start failed before.
+
+    Args:
+        pods: that were seen, of one index.
+        unseen: pods of that index that only a report knows of. Each may have been a first one.
+    """
+    return len(unseen) + sum(pod.failures == 0 for pod in pods)
+
+
+def _unfollowed(workload: WorkloadView, last: PodView) -> bool:
+    """Whether no pod of its index that went unseen can have followed it, in the same start."""
+    return last.let_go or (last.witnessed and workload.caught_up)
+
+
+def may_learn_more(workload: WorkloadView) -> bool:
+    """Whether the watch, where it is late, may still tell what followed the last known pods.
+
+    It is not late for long: it goes on, with bookmarks if nothing else, or breaks, and then no pod
+    that is over counts as witnessed any more.
+    """
+    if not workload.restartable or workload.caught_up:
+        return False
+    first = [pod for pod in workload.first_pods if pod.may_have_started]
+    if first and _is_final(workload, first[-1]):
+        return False
+    indexes = {pod.index for pod in workload.pods}
+    lasts = [_last_of(p for p in workload.pods if p.index == index) for index in indexes]
+    return any(pod.witnessed and not pod.let_go for pod in lasts)
+
+
+def _is_final(workload: WorkloadView, last: PodView) -> bool:
+    """Whether the Job is over because of how that pod of rank 0, its last known one, ended."""
+    return workload.outcome == "Complete" or workload.failed_first or last.exit_code in FINAL_CODES
 
 
 def only_report(workload: WorkloadView) -> tuple[PodView, TrainingReport]:
@@ -114,16 +157,17 @@ def _was_first(workload: WorkloadView, last: PodView) -> bool:
 
 def _may_have_missed(workload: WorkloadView, last: PodView, listed: set[str]) -> str | None:
     """Why a pod that ran rank 0 may have gone both unseen and unlisted, or None."""
-    first = listed | {pod.uid for pod in workload.first_pods}
+    seen = {pod.uid for pod in workload.first_pods}
+    first = listed | seen
     known = first | {pod.uid for pod in workload.pods}
     if len(first) <= last.failures:
         return f"{last.failures} pods of rank 0 failed before, {len(first) - 1} of them are known"
-    if len(first) < workload.starts:
-        return f"the Job was started {workload.starts} times, {len(first)} pods of rank 0 are known"
+    beginnings = _beginnings(workload.first_pods, listed - seen)
+    if beginnings < workload.starts:
+        return f"the Job was started {workload.starts} times, {beginnings} starts are known"
     if workload.ended > len(known):
         return f"{workload.ended} pods ended, {len(known)} of them are known"
-    final = workload.outcome == "Complete" or workload.failed_first or last.exit_code in FINAL_CODES
-    if not final and not last.witnessed:
+    if not _is_final(workload, last) and not _unfollowed(workload, last):
         return "rank 0 ended while no operator watched: another pod of it may have followed unseen"
     return None
 

@@ -128,6 +128,7 @@ class WorkloadView:
         suspended: the Job is suspended and has no pods left that run or end.
         confirmed: the pods were read from the server after the Job had ended, so that a slow watch
             is not mistaken for a missing report.
+        caught_up: the watch has told what happened to the pods before they were read.
         outcome: `Complete` or `Failed` once the Job has that condition.
         reason: the condition's reason and message.
     """
@@ -146,11 +147,17 @@ class WorkloadView:
     outcome: str | None
     reason: str
     confirmed: bool
+    caught_up: bool
     pods: tuple[PodView, ...] = ()
 
     @classmethod
     def of(
-        cls, manifest: Json, pods: tuple[PodView, ...], *, confirmed: bool = False
+        cls,
+        manifest: Json,
+        pods: tuple[PodView, ...],
+        *,
+        confirmed: bool = False,
+        caught_up: bool = False,
     ) -> "WorkloadView":
         """View a Kubernetes Job and its pods."""
         annotations = manifest["metadata"].get("annotations") or {}
@@ -176,6 +183,7 @@ class WorkloadView:
             outcome=outcome,
             reason=": ".join(filter(None, (condition.get("reason"), condition.get("message")))),
             confirmed=confirmed,
+            caught_up=caught_up,
             pods=pods,
         )
 

@@ -175,11 +175,13 @@ class RoundLoop:
         for workload in self._picture.unconfirmed(self._ledger.state):
             uid = workload.meta.labels[JOB_UID]
             try:
-                pods, _ = await self._client.list(PODS, workload.meta.namespace, f"{JOB_UID}={uid}")
+                pods, version = await self._client.list(
+                    PODS, workload.meta.namespace, f"{JOB_UID}={uid}"
+                )
             except Forbidden as error:
                 logger.warning("%s is not confirmed: %s", workload.meta.name, error)
                 continue
-            self._picture.confirm_pods(uid, pods)
+            self._picture.confirm_pods(workload, pods, version)
 
     def _forget(self) -> None:
         jobs = self._picture.job_uids()

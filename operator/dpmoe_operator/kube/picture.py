@@ -27,6 +27,7 @@ Listed = tuple[list[Object], str]
 class _SeenPod:
     """A pod as last seen, its resource version, and the uid of the Job that controls it."""
 
+    namespace: str
     view: PodView
     version: int
     owner: str | None
@@ -55,7 +56,8 @@ class Picture:
         self._workloads: dict[str, Object] = {}
         self._pods: dict[str, dict[str, _SeenPod]] = {}
         self._pod_objects: dict[str, Object] = {}
-        self._confirmed: set[str] = set()
+        self._told: dict[str, int] = {}
+        self._confirmed: dict[str, tuple[str, int]] = {}
         self._listed = 0
 
     def put_block(self, manifest: Object) -> None:
@@ -142,14 +144,35 @@ class Picture:
         else:
             self._pod_objects[meta["uid"]] = manifest
         owners = [ref["uid"] for ref in meta.get("ownerReferences") or [] if ref.get("controller")]
-        pods[meta["uid"]] = _SeenPod(view, version, owners[0] if owners else None)
+        owner = owners[0] if owners else None
+        pods[meta["uid"]] = _SeenPod(meta["namespace"], view, version, owner)
         self.changed.set()
 
-    def confirm_pods(self, job_uid: str, manifests: Iterable[Object]) -> None:
-        """All pods of an ended job, as the server has them now."""
+    def on_pods_told(self, namespace: str, version: str, listed: bool) -> None:
+        """The watch of a namespace's pods has come to a version.
+
+        By a list, it may have skipped pods that came and went, and any of the pods that are over
+        may have been followed by one of them.
+        """
+        self._told[namespace] = int(version or 0)
+        if not listed:
+            return
+        for pods in self._pods.values():
+            for uid, pod in pods.items():
+                if pod.namespace == namespace and not pod.view.alive:
+                    pods[uid] = replace(pod, view=replace(pod.view, witnessed=False))
+
+    def confirm_pods(
+        self, workload: WorkloadView, manifests: Iterable[Object], version: str
+    ) -> None:
+        """All pods of a Job that is over, as the server has them now, and the list's version.
+
+        They are not confirmed for what the Job was since, or will be: it may have gone on.
+        """
         for manifest in manifests:
             self.on_pod("MODIFIED", manifest)
-        self._confirmed.add(job_uid)
+        uid = workload.meta.labels[JOB_UID]
+        self._confirmed[uid] = workload.meta.resource_version, int(version or 0)
 
     def running_pods(self) -> list[tuple[str, Object]]:
         """Rank-0 pods that run, with the uid of their DPMoEJob."""
@@ -191,7 +214,7 @@ class Picture:
         """Pods of jobs that are settled and gone prove nothing any more."""
         for uid in job_uids:
             self._pods.pop(uid, None)
-            self._confirmed.discard(uid)
+            self._confirmed.pop(uid, None)
             self.marked.discard(uid)
             self.progress.pop(uid, None)
             self.launch_errors.pop(uid, None)
@@ -214,18 +237,19 @@ class Picture:
         )
 
     def _workload_views(self) -> Mapping[str, WorkloadView]:
-        return {
-            uid: WorkloadView.of(
-                manifest,
-                tuple(
-                    pod.view
-                    for pod in self._pods.get(uid, {}).values()
-                    if pod.owner == manifest["metadata"]["uid"]
-                ),
-                confirmed=uid in self._confirmed,
-            )
-            for uid, manifest in self._workloads.items()
-        }
+        return {uid: self._workload_view(uid, each) for uid, each in self._workloads.items()}
+
+    def _workload_view(self, uid: str, manifest: Object) -> WorkloadView:
+        meta = manifest["metadata"]
+        pods = self._pods.get(uid, {}).values()
+        job_version, version = self._confirmed.get(uid, (None, 0))
+        confirmed = job_version == meta["resourceVersion"]
+        return WorkloadView.of(
+            manifest,
+            tuple(pod.view for pod in pods if pod.owner == meta["uid"]),
+            confirmed=confirmed,
+            caught_up=confirmed and self._told.get(meta["namespace"], -1) >= version,
+        )
 
     def _put(self, views: dict[str, Any], view: BlockView | JobView) -> None:
         known = views.get(view.meta.uid)

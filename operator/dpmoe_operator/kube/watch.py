@@ -34,6 +34,10 @@ Key = tuple[str, str]
 OnEvent = Callable[[str, Object], None]
 """Takes ADDED, MODIFIED or DELETED and the object."""
 
+OnTold = Callable[[str, bool], None]
+"""Takes the resource version up to which everything was told, and whether by a list: what came and
+went since the version before was not, then."""
+
 _BACKOFF_BASE_SECONDS = 0.5
 _BACKOFF_MAX_SECONDS = 30.0
 
@@ -55,6 +59,7 @@ class Informer:
         label_selector: str | None = None,
         on_event: OnEvent = lambda _type, _object: None,
         *,
+        on_told: OnTold = lambda _version, _listed: None,
         silence_seconds: float = 90.0,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -66,6 +71,8 @@ class Informer:
             namespace: `None` for all namespaces.
             label_selector: only objects with these labels; one that loses them counts as deleted.
             on_event: called for each change, in the event loop: be quick.
+            on_told: called after all changes that a list brings, after each other change, and at
+                each bookmark.
             silence_seconds: how long a watch may bring nothing, not even a bookmark.
             clock: what `last_contact` is read from.
         """
@@ -74,6 +81,7 @@ class Informer:
         self.namespace = namespace
         self.label_selector = label_selector
         self.on_event = on_event
+        self.on_told = on_told
         self.objects: dict[Key, Object] = {}
         self.synced = asyncio.Event()
         self.last_contact = -float("inf")
@@ -103,6 +111,7 @@ class Informer:
             self._apply("DELETED", self.objects[key])
         for item in items:
             self._apply("MODIFIED", item)
+        self.on_told(version, True)
         self.synced.set()
         return version
 
@@ -135,6 +144,7 @@ class Informer:
                         logger.warning("%s: the server's history was rewound", self.resource)
                         return None
                     version = obj["metadata"]["resourceVersion"]
+                    self.on_told(version, False)
             self._heard()
         except Gone:
             logger.info("%s: the watch is too old to go on", self.resource)

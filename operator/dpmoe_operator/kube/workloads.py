@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection
+from functools import partial
 
 from dpmoe_operator.kube.client import KubeClient
 from dpmoe_operator.kube.errors import Forbidden
@@ -113,12 +114,17 @@ class WorkloadWatch:
 
     def _run(self, namespace: str) -> None:
         if namespace not in self._informers:
-            # Jobs first: pods are looked up by the Job that owns them.
-            self._informers[namespace] = [
-                Informer(self._client, JOBS, namespace, SELECTOR, self._picture.on_workload),
-                Informer(self._client, PODS, namespace, SELECTOR, self._picture.on_pod),
-            ]
+            self._informers[namespace] = self._informers_of(namespace)
         informers = self._informers[namespace]
         for informer in informers:
             informer.synced.clear()
         self._tasks[namespace] = [asyncio.create_task(informer.run()) for informer in informers]
+
+    def _informers_of(self, namespace: str) -> list[Informer]:
+        """Jobs first: pods are looked up by the Job that owns them."""
+        told = partial(self._picture.on_pods_told, namespace)
+        pods = self._picture.on_pod
+        return [
+            Informer(self._client, JOBS, namespace, SELECTOR, self._picture.on_workload),
+            Informer(self._client, PODS, namespace, SELECTOR, pods, on_told=told),
+        ]

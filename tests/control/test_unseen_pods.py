@@ -1,0 +1,145 @@
+"""Pods that no operator saw: what the watch of pods missed, or has not brought yet."""
+
+import pytest
+from tests.builders import TEAM, block
+from tests.control.cluster import Cluster, Operator, settle_down
+from tests.control.rows_restarted import (
+    attempts,
+    come_and_go,
+    restarted,
+    stand_still,
+)
+from tests.control.settlement_rows import STEPS, TAKEN, end, reported
+from tests.control.stages import grant_of, only_pod, reach_pending, reach_running, see, settled
+from tests.control.workloads import ended
+
+from dpmoe_trainer.contract import ExitCode
+
+OPENED = {
+    "models": ["models"],
+    "outputs": [{"claimName": "results"}],
+    "checkpoints": {"claimName": "saved"},
+}
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    cluster = Cluster()
+    cluster.apply(block(uid="b", access=[{"namespace": TEAM, **OPENED}]))
+    return cluster
+
+
+@pytest.fixture
+def operator(cluster: Cluster) -> Operator:
+    operator = Operator(cluster)
+    see(operator)
+    return operator
+
+
+def crash(cluster: Cluster, steps: int = TAKEN) -> None:
+    """Rank 0 ends by itself, with a report, and has no successor yet."""
+    report = reported(cluster, steps=steps, attempts=attempts(cluster))
+    cluster.set_pod(only_pod(cluster), ended(ExitCode.PEER_LOST, report))
+
+
+@pytest.mark.parametrize("end_was_told", [True, False])
+def test_gap_of_the_watch_may_hide_a_successor(
+    cluster: Cluster, operator: Operator, end_was_told: bool
+) -> None:
+    reach_running(cluster, operator)
+    crash(cluster)
+    if end_was_told:
+        see(operator)
+    come_and_go(cluster, operator)
+    operator.list_pods()
+    settle_down(cluster, operator)
+    assert settled(cluster) == ("ReportMissing", STEPS)
+
+
+def test_late_watch_is_waited_for(cluster: Cluster, operator: Operator) -> None:
+    """The end of the first pod was told, and what followed it was not, yet."""
+    reach_running(cluster, operator)
+    crash(cluster, steps=TAKEN - 1)
+    see(operator)
+    cluster.steps["j"] = TAKEN - 1
+    come_and_go(cluster, operator)
+    operator.deaf = True
+    for _ in range(3):
+        assert see(operator) == ([], [])
+    assert grant_of(cluster).settled is None
+    operator.deaf = False
+    settle_down(cluster, operator)
+    assert settled(cluster) == ("Stopped", TAKEN)
+
+
+def test_late_watch_that_breaks_is_not_waited_for(cluster: Cluster, operator: Operator) -> None:
+    reach_running(cluster, operator)
+    crash(cluster)
+    see(operator)
+    come_and_go(cluster, operator)
+    operator.deaf = True
+    assert see(operator) == ([], [])
+    operator.list_pods()
+    assert see(operator) == (["settled"], ["Remove"])
+    assert settled(cluster) == ("ReportMissing", STEPS)
+
+
+def test_job_that_is_stopped_before_its_pod_is_replaced_pays_what_it_did(
+    cluster: Cluster, operator: Operator
+) -> None:
+    reach_running(cluster, operator)
+    crash(cluster)
+    cluster.delete("job", "j")
+    assert see(operator) == ([], ["Stop"])
+    settle_down(cluster, operator)
+    assert settled(cluster) == ("Stopped", TAKEN)
+
+
+@pytest.mark.parametrize("gap_at", ["running", "ending", "ended"])
+def test_paused_pod_has_no_successor_whatever_the_watch_missed(
+    cluster: Cluster, operator: Operator, gap_at: str
+) -> None:
+    """The Job controller let go of it while it lived: no other follows until the Job goes on."""
+    reach_running(cluster, operator)
+    see(operator)
+    if gap_at == "running":
+        operator.list_pods()
+    cluster.edit("j", suspend=True)
+    see(operator)
+    cluster.job_controller()
+    if gap_at == "ending":
+        operator.list_pods()
+    stand_still(cluster, operator)
+    if gap_at == "ended":
+        operator.list_pods()
+    cluster.delete("job", "j")
+    settle_down(cluster, operator)
+    assert settled(cluster) == ("Stopped", TAKEN)
+
+
+def test_paused_pod_that_never_started_had_no_successor(
+    cluster: Cluster, operator: Operator
+) -> None:
+    reach_pending(cluster, operator)
+    cluster.edit("j", suspend=True)
+    stand_still(cluster, operator)
+    operator.list_pods()
+    cluster.delete("job", "j")
+    settle_down(cluster, operator)
+    assert settled(cluster) == ("NeverStarted", 0)
+
+
+def test_pod_of_another_start_may_have_gone_unseen(cluster: Cluster, operator: Operator) -> None:
+    """Two pods are known, and two starts: but both pods are of the first."""
+    reach_running(cluster, operator)
+    end(cluster, ExitCode.PEER_LOST)
+    restarted(cluster, operator)
+    cluster.vanish(next(iter(cluster.pods)))
+    cluster.edit("j", suspend=True)
+    stand_still(cluster, operator)
+    cluster.edit("j", suspend=False)
+    assert see(operator) == ([], ["Release"])
+    come_and_go(cluster, operator)
+    operator.list_pods()
+    settle_down(cluster, operator)
+    assert settled(cluster) == ("ReportMissing", STEPS)

@@ -191,6 +191,35 @@ def _(cluster: Cluster, operator: Operator) -> None:
     cluster.job_controller()
 
 
+@row("somebody let it start again while no operator watched", "the plan", "ReportMissing")
+def _(cluster: Cluster, operator: Operator) -> None:
+    """What the first pod drew is in no report that is left, and the Job controller forgot it."""
+    reach_running(cluster, operator)
+    start_again(cluster)
+    for _ in range(3):
+        cluster.advance(only_pod(cluster))
+    operator.restart()
+    cluster.delete("job", "j")
+
+
+@row("the same, and its second pod never started", "the plan", "ReportMissing")
+def _(cluster: Cluster, operator: Operator) -> None:
+    reach_running(cluster, operator)
+    start_again(cluster)
+    operator.restart()
+    cluster.delete("job", "j")
+
+
+def start_again(cluster: Cluster) -> None:
+    """Suspended and resumed by hand."""
+    [uid] = cluster.workloads
+    cluster.suspend(uid)
+    cluster.job_controller()
+    cluster.kubelet()
+    cluster.suspend(uid, suspend=False)
+    cluster.job_controller()
+
+
 @row("its Kubernetes Job was deleted by somebody else", "the plan", "WorkloadVanished")
 def _(cluster: Cluster, operator: Operator) -> None:
     reach_running(cluster, operator)

@@ -39,11 +39,15 @@ def never_started(workload: WorkloadView, *, rank_0_alone: bool) -> bool:
     pods = workload.first_pods if rank_0_alone else workload.pods
     if not pods:
         return workload.untouched and not workload.pods
+    if workload.restartable:
+        all_seen = _all_seen(workload, rank_0_alone=rank_0_alone)
+    else:
+        all_seen = workload.starts <= 1
     return (
-        not any(pod.may_have_started for pod in pods)
+        all_seen
+        and not any(pod.may_have_started for pod in pods)
         and workload.ended <= len(workload.pods)
         and workload.active == 0
-        and (not workload.restartable or _all_seen(workload, rank_0_alone=rank_0_alone))
     )
 
 
@@ -109,6 +113,8 @@ def only_report(workload: WorkloadView) -> tuple[PodView, TrainingReport]:
     pods, known = workload.first_pods, len(workload.pods)
     if workload.ended > known:
         raise Unanswered("ReportMissing", f"{workload.ended} pods ended, {known} of them were seen")
+    if workload.starts > 1:
+        raise Unanswered("ReportMissing", f"the Job may have been started {workload.starts} times")
     if len(pods) != 1:
         raise Unanswered("ReportMissing", f"rank 0 ran in {len(pods)} known pods, not in one")
     return pods[0], _read_report(pods[0])

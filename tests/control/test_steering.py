@@ -104,6 +104,28 @@ def test_job_that_is_suspended_before_its_release_waits(
     assert see(operator) == ([], ["Release"])
 
 
+def test_pod_that_was_stopped_before_it_started_leaves_no_mark(
+    cluster: Cluster, operator: Operator
+) -> None:
+    """The next one is the first: it would miss the journal of a pod that wrote none, and refuse."""
+    reach_pending(cluster, operator)
+    for _ in range(2):
+        cluster.advance(only_pod(cluster))
+        see(operator)
+    cluster.edit("j", suspend=True)
+    assert see(operator) == ([], ["Pause"])
+    cluster.job_controller()
+    cluster.kubelet()
+    cluster.job_controller()
+    assert see(operator) == ([], [])
+    cluster.edit("j", suspend=False)
+    assert see(operator) == ([], ["Release"])
+    cluster.job_controller()
+    for _ in range(3):
+        cluster.advance(only_pod(cluster))
+    assert see(operator) == ([], ["MarkStarted"])
+
+
 def test_start_timeout_spares_a_job_that_once_started(cluster: Cluster, operator: Operator) -> None:
     reach_running(cluster, operator, placement={"startTimeoutSeconds": 60})
     cluster.now += timedelta(seconds=61)

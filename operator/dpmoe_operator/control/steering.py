@@ -58,8 +58,14 @@ def steer(
 
 
 def _has_started(workload: WorkloadView) -> bool:
-    """Whether a container of rank 0 is known to have run."""
-    return any(pod.running or pod.exit_code is not None for pod in workload.first_pods)
+    """Whether a container of rank 0 is known to have run.
+
+    An exit code alone does not say so: the kubelet gives one to a container that it never had.
+    """
+    return any(
+        pod.running or (pod.exit_code is not None and pod.may_have_started)
+        for pod in workload.first_pods
+    )
 
 
 def start_timed_out(

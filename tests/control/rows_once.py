@@ -13,7 +13,7 @@ from tests.control.stages import (
     reach_running,
     see,
 )
-from tests.control.workloads import NO_IMAGE, ended
+from tests.control.workloads import CREATING, NEVER_FOUND, NO_IMAGE, disrupted, ended
 
 from dpmoe_trainer.contract import ExitCode, Outcome, Progress
 
@@ -82,6 +82,17 @@ def _(cluster: Cluster, operator: Operator) -> None:
     cluster.set_pod(only_pod(cluster), NO_IMAGE)
     see(operator)
     cluster.delete("job", "j")
+
+
+@row("drained or preempted before its container started", "nothing", "NeverStarted")
+def _(cluster: Cluster, operator: Operator) -> None:
+    reach_pending(cluster, operator)
+    cluster.advance(only_pod(cluster))
+    see(operator)
+    cluster.set_pod(only_pod(cluster), disrupted(CREATING))
+    see(operator)
+    cluster.set_pod(only_pod(cluster), disrupted(NEVER_FOUND))
+    cluster.job_controller()
 
 
 @row("its pod never started before the deadline", "nothing", "NeverStarted")

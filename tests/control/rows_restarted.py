@@ -13,7 +13,7 @@ from tests.control.stages import (
     reach_running,
     see,
 )
-from tests.control.workloads import NEVER_FOUND, UNSCHEDULED, ended
+from tests.control.workloads import CREATING, NEVER_FOUND, UNSCHEDULED, disrupted, ended
 
 from dpmoe_operator.control.pods import INDEX_DISRUPTIONS, INDEX_FAILURES
 from dpmoe_operator.control.views import QUEUE_NAME
@@ -67,8 +67,7 @@ def _(cluster: Cluster, operator: Operator) -> None:
 @restarting("evicted, and stopped after its restart; likewise", "the steps taken", "Stopped")
 def _(cluster: Cluster, operator: Operator) -> None:
     reach_running(cluster, operator)
-    disrupted = [{"type": "DisruptionTarget", "status": "True"}]
-    cluster.set_pod(only_pod(cluster), ended(137) | {"conditions": disrupted})
+    cluster.set_pod(only_pod(cluster), disrupted(ended(137)))
     restarted(cluster, operator)
     assert cluster.pods[newest(cluster)]["metadata"]["annotations"][INDEX_DISRUPTIONS] == "1"
     cluster.delete("job", "j")
@@ -122,6 +121,20 @@ def _(cluster: Cluster, operator: Operator) -> None:
     last_end(cluster, ExitCode.JOURNAL_LOST, refused)
 
 
+@restarting("drained before its container started, and refused after that", "nothing", "Refused")
+def _(cluster: Cluster, operator: Operator) -> None:
+    """Likewise."""
+    reach_pending(cluster, operator)
+    cluster.advance(only_pod(cluster))
+    see(operator)
+    cluster.set_pod(only_pod(cluster), disrupted(CREATING))
+    see(operator)
+    cluster.set_pod(only_pod(cluster), disrupted(NEVER_FOUND))
+    restarted(cluster, operator)
+    refused = reported(cluster, outcome=Outcome.REFUSED, steps=0)
+    last_end(cluster, ExitCode.JOURNAL_LOST, refused)
+
+
 @restarting("another attempt came and went while no operator watched", "the plan", "ReportMissing")
 def _(cluster: Cluster, operator: Operator) -> None:
     """The first one's report was true, and another attempt followed."""
@@ -134,8 +147,7 @@ def _(cluster: Cluster, operator: Operator) -> None:
     for _ in range(3):
         cluster.advance(unseen)
     cluster.train(unseen)
-    disrupted = [{"type": "DisruptionTarget", "status": "True"}]
-    cluster.set_pod(unseen, ended(137) | {"conditions": disrupted})
+    cluster.set_pod(unseen, disrupted(ended(137)))
     cluster.vanish(unseen)
     cluster.delete("job", "j")
     cluster.suspend(workload)

@@ -15,6 +15,7 @@ from tests.control.workloads import (
     SCHEDULED,
     SINCE,
     UNSCHEDULED,
+    disrupted,
     ended,
     history,
     pod,
@@ -64,6 +65,12 @@ NEVER: dict[str, list[Object]] = {
     "deleted before it had a node": [UNSCHEDULED, UNSCHEDULED],
     "deleted while its image was missing": [UNSCHEDULED, NO_IMAGE, CREATING, NEVER_FOUND],
     "deleted while it was created": [SCHEDULED, CREATING, NEVER_FOUND, NEVER_FOUND],
+    "drained while it was created": [CREATING, disrupted(CREATING), disrupted(NEVER_FOUND)],
+    "preempted while its image was missing": [
+        disrupted(NO_IMAGE, "PreemptionByScheduler"),
+        disrupted(NEVER_FOUND, "PreemptionByScheduler"),
+    ],
+    "evicted by its kubelet": [CREATING, disrupted(NEVER_FOUND, "TerminationByKubelet")],
 }
 MAYBE: dict[str, list[Object]] = {
     "running": [UNSCHEDULED, RUNNING],
@@ -76,12 +83,18 @@ MAYBE: dict[str, list[Object]] = {
     "failed without a word on its container": [UNSCHEDULED, {"phase": "Failed"}],
     "failed with its node": [
         CREATING,
-        CREATING
-        | {"phase": "Failed", "conditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        disrupted(CREATING, "DeletionByPodGC") | {"phase": "Failed"},
     ],
-    "disrupted while waiting": [
-        SCHEDULED,
-        CREATING | {"conditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    "drained, and gone past the kubelet": [SCHEDULED, disrupted(CREATING)],
+    "drained as it began to run": [disrupted(CREATING), disrupted(ended(143))],
+    "drained, and lost after it ran": [disrupted(RUNNING), disrupted(NEVER_FOUND)],
+    "given up with its node, which came back empty": [
+        disrupted(CREATING, "DeletionByTaintManager"),
+        disrupted(NEVER_FOUND, "DeletionByTaintManager"),
+    ],
+    "the same, and only its end was seen": [
+        CREATING,
+        disrupted(NEVER_FOUND, "DeletionByTaintManager"),
     ],
     "unknown": [CREATING, {"phase": "Unknown"}],
 }

@@ -128,6 +128,12 @@ NEVER_FOUND: Object = {
 """The kubelet's last word on a pod that was deleted before its container started."""
 
 
+def disrupted(state: Object, reason: str = "EvictionByEvictionAPI") -> Object:
+    """A state of a pod that is drained, preempted or given up with its node."""
+    condition = {"type": "DisruptionTarget", "status": "True", "reason": reason}
+    return state | {"conditions": [*state.get("conditions", []), condition]}
+
+
 def ended(exit_code: int, message: str | None = None, *, reason: str | None = None) -> Object:
     """The trainer ran and ended."""
     terminated: Object = {

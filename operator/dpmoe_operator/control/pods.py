@@ -15,6 +15,11 @@ INDEX_DISRUPTIONS = "batch.kubernetes.io/job-index-ignored-failure-count"
 TRACKING = "batch.kubernetes.io/job-tracking"
 """Finalizer of a Job's pods, until the Job controller has counted how they ended."""
 
+ANSWERED = ("EvictionByEvictionAPI", "PreemptionByScheduler", "TerminationByKubelet")
+"""Reasons of disruptions that the node's kubelet carries out and has the last word on. Others, such
+as `DeletionByTaintManager` and `DeletionByPodGC`, come where the node was not heard any more: what
+its kubelet said before is stale, and after a reboot it may say only what it can still find."""
+
 
 @dataclass(frozen=True)
 class PodView:
@@ -143,8 +148,7 @@ def _never_started(status: Json, containers: list[Any], gone: bool) -> bool:
     """Whether the kubelet's own word shows that no container of a scheduled pod ever ran."""
     if status.get("phase", "Pending") != "Pending":
         return False
-    disrupted = any(c.get("type") == "DisruptionTarget" for c in status.get("conditions") or [])
-    if gone or disrupted:
+    if gone or _is_cut_off(status):
         # Deleted past the kubelet, whose last word says how a pod ended: this one may be stale.
         return False
     return all(
@@ -155,11 +159,20 @@ def _never_started(status: Json, containers: list[Any], gone: bool) -> bool:
     )
 
 
+def _is_cut_off(status: Json) -> bool:
+    """Whether a pod was given up without a word of its kubelet."""
+    return any(
+        c.get("type") == "DisruptionTarget" and c.get("reason") not in ANSWERED
+        for c in status.get("conditions") or []
+    )
+
+
 def _never_found(status: Json, states: list[Any]) -> bool:
     """Whether the kubelet ended a pod without ever having had a container of it."""
     ends = [state.get("terminated") or {} for state in states]
     return (
         status.get("phase") == "Failed"
+        and not _is_cut_off(status)
         and len(ends) > 0
         and all(
             end.get("reason") == "ContainerStatusUnknown"

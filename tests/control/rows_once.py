@@ -13,7 +13,15 @@ from tests.control.stages import (
     reach_running,
     see,
 )
-from tests.control.workloads import CREATING, NEVER_FOUND, NO_IMAGE, disrupted, ended
+from tests.control.workloads import (
+    CREATING,
+    NEVER_FOUND,
+    NO_IMAGE,
+    REJECTED,
+    SCHEDULED,
+    disrupted,
+    ended,
+)
 
 from dpmoe_trainer.contract import ExitCode, Outcome, Progress
 
@@ -92,6 +100,15 @@ def _(cluster: Cluster, operator: Operator) -> None:
     cluster.set_pod(only_pod(cluster), disrupted(CREATING))
     see(operator)
     cluster.set_pod(only_pod(cluster), disrupted(NEVER_FOUND))
+    cluster.job_controller()
+
+
+@row("its node's kubelet did not admit its pod", "nothing", "NeverStarted")
+def _(cluster: Cluster, operator: Operator) -> None:
+    reach_pending(cluster, operator)
+    cluster.set_pod(only_pod(cluster), SCHEDULED)
+    see(operator)
+    cluster.set_pod(only_pod(cluster), REJECTED)
     cluster.job_controller()
 
 

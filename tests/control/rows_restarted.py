@@ -13,7 +13,7 @@ from tests.control.stages import (
     reach_running,
     see,
 )
-from tests.control.workloads import CREATING, NEVER_FOUND, UNSCHEDULED, disrupted, ended
+from tests.control.workloads import CREATING, NEVER_FOUND, REJECTED, UNSCHEDULED, disrupted, ended
 
 from dpmoe_operator.control.pods import INDEX_DISRUPTIONS, INDEX_FAILURES
 from dpmoe_operator.control.views import QUEUE_NAME
@@ -130,6 +130,16 @@ def _(cluster: Cluster, operator: Operator) -> None:
     cluster.set_pod(only_pod(cluster), disrupted(CREATING))
     see(operator)
     cluster.set_pod(only_pod(cluster), disrupted(NEVER_FOUND))
+    restarted(cluster, operator)
+    refused = reported(cluster, outcome=Outcome.REFUSED, steps=0)
+    last_end(cluster, ExitCode.JOURNAL_LOST, refused)
+
+
+@restarting("not admitted to its node, and refused after that", "nothing", "Refused")
+def _(cluster: Cluster, operator: Operator) -> None:
+    """Likewise."""
+    reach_pending(cluster, operator)
+    cluster.set_pod(only_pod(cluster), REJECTED)
     restarted(cluster, operator)
     refused = reported(cluster, outcome=Outcome.REFUSED, steps=0)
     last_end(cluster, ExitCode.JOURNAL_LOST, refused)

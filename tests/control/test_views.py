@@ -10,6 +10,7 @@ from tests.control.workloads import (
     CREATING,
     NEVER_FOUND,
     NO_IMAGE,
+    REJECTED,
     RUNNING,
     RUNTIME_ID,
     SCHEDULED,
@@ -70,6 +71,8 @@ NEVER: dict[str, list[Object]] = {
         disrupted(NO_IMAGE, "PreemptionByScheduler"),
         disrupted(NEVER_FOUND, "PreemptionByScheduler"),
     ],
+    "rejected by its node": [UNSCHEDULED, SCHEDULED, REJECTED, REJECTED],
+    "rejected before its node was seen": [UNSCHEDULED, REJECTED],
     "evicted by its kubelet": [CREATING, disrupted(NEVER_FOUND, "TerminationByKubelet")],
 }
 MAYBE: dict[str, list[Object]] = {
@@ -92,7 +95,19 @@ MAYBE: dict[str, list[Object]] = {
         disrupted(CREATING, "DeletionByTaintManager"),
         disrupted(NEVER_FOUND, "DeletionByTaintManager"),
     ],
-    "the same, and only its end was seen": [
+    "rejected by a kubelet that had begun with it": [SCHEDULED, CREATING, REJECTED],
+    "rejected by a kubelet that had said when it began with it": [
+        SCHEDULED | {"startTime": SINCE},
+        REJECTED,
+    ],
+    "rejected after it ran": [SCHEDULED, RUNNING, REJECTED],
+    "first seen rejected": [REJECTED],
+    "rejected, and given up with its node": [
+        SCHEDULED,
+        disrupted(REJECTED, "DeletionByTaintManager"),
+    ],
+    "failed with another word": [SCHEDULED, REJECTED | {"message": "The node was low on memory"}],
+    "given up with its node, and only its end was seen": [
         CREATING,
         disrupted(NEVER_FOUND, "DeletionByTaintManager"),
     ],

@@ -126,6 +126,13 @@ NEVER_FOUND: Object = {
     ],
 }
 """The kubelet's last word on a pod that was deleted before its container started."""
+REJECTED: Object = {
+    "phase": "Failed",
+    "reason": "UnexpectedAdmissionError",
+    "message": "Pod was rejected: Allocate failed due to no healthy devices present",
+    "startTime": SINCE,
+}
+"""The kubelet's word on a pod that it does not admit."""
 
 
 def disrupted(state: Object, reason: str = "EvictionByEvictionAPI") -> Object:

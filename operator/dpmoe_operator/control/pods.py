@@ -19,6 +19,8 @@ ANSWERED = ("EvictionByEvictionAPI", "PreemptionByScheduler", "TerminationByKube
 """Reasons of disruptions that the node's kubelet carries out and has the last word on. Others, such
 as `DeletionByTaintManager` and `DeletionByPodGC`, come where the node was not heard any more: what
 its kubelet said before is stale, and after a reboot it may say only what it can still find."""
+REJECTED = "Pod was rejected: "
+"""How the message of a pod begins that the kubelet of its node did not admit."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class PodView:
         may_have_started: nothing proves that its container never ran.
         never_found: it ended, and the kubelet found no container of it. That alone proves nothing,
             since a container that ran may be lost; see `following`.
+        heard_of: its node's kubelet has said something about it.
+        rejected: its node's kubelet did not admit it. That alone proves nothing, since a kubelet
+            that starts again may reject what it admitted before.
         ended: all of its containers have ended, for good.
         exit_code: of the trainer container, once it ended.
         message: its termination message, once it ended.
@@ -57,6 +62,8 @@ class PodView:
     scheduled: bool
     may_have_started: bool
     never_found: bool
+    heard_of: bool
+    rejected: bool
     running: bool
     ended: bool
     exit_code: int | None
@@ -85,6 +92,8 @@ class PodView:
             scheduled=scheduled,
             may_have_started=scheduled and not _never_started(status, containers, gone),
             never_found=_never_found(status, states),
+            heard_of=bool(status.get("startTime") or containers),
+            rejected=_rejected(status, containers),
             running=any("running" in s for s in states),
             ended=status.get("phase") in ("Succeeded", "Failed"),
             exit_code=ended.get("exitCode") if ended else None,
@@ -99,7 +108,8 @@ class PodView:
         """This view in the light of the one before it of the same pod.
 
         A pod that is deleted before its container starts ends as `ContainerStatusUnknown`, by the
-        kubelet's last word. Whoever saw it wait until then knows that nothing ran.
+        kubelet's last word. Whoever saw it wait until then knows that nothing ran. So does who saw
+        it rejected as the first thing that its kubelet said.
         """
         if earlier is None:
             return self
@@ -112,7 +122,8 @@ class PodView:
             return seen
         if earlier.may_have_started:
             return replace(seen, may_have_started=True)
-        return replace(seen, may_have_started=not self.never_found)
+        at_first = self.rejected and (earlier.rejected or not earlier.heard_of)
+        return replace(seen, may_have_started=not (self.never_found or at_first))
 
     @property
     def alive(self) -> bool:
@@ -180,4 +191,14 @@ def _never_found(status: Json, states: list[Any]) -> bool:
             and not end.get("startedAt")
             for end in ends
         )
+    )
+
+
+def _rejected(status: Json, containers: list[Any]) -> bool:
+    """Whether the kubelet ended a pod since it did not admit it to its node."""
+    return (
+        status.get("phase") == "Failed"
+        and not containers
+        and not _is_cut_off(status)
+        and str(status.get("message") or "").startswith(REJECTED)
     )

@@ -214,14 +214,45 @@ def _(cluster: Cluster, operator: Operator) -> None:
 @restarting("preempted by Kueue, and went on", "the plan", "Completed")
 def _(cluster: Cluster, operator: Operator) -> None:
     [workload] = reach_queued(cluster, operator)
-    cluster.suspend(workload, suspend=False)
+    kueue_starts(cluster, operator, workload)
+    kueue_stops(cluster, operator, workload)
+    kueue_starts(cluster, operator, workload)
+
+
+@restarting("preempted by Kueue several times, and went on", "the plan", "Completed")
+def _(cluster: Cluster, operator: Operator) -> None:
+    [workload] = reach_queued(cluster, operator)
+    for _ in range(3):
+        kueue_starts(cluster, operator, workload)
+        kueue_stops(cluster, operator, workload)
+    kueue_starts(cluster, operator, workload)
+
+
+@restarting("preempted by Kueue several times, and deleted", "the plan", "ReportMissing")
+def _(cluster: Cluster, operator: Operator) -> None:
+    """Each preemption is up to three changes of the spec: they may hide another start."""
+    [workload] = reach_queued(cluster, operator)
+    for _ in range(2):
+        kueue_starts(cluster, operator, workload)
+        kueue_stops(cluster, operator, workload)
+    kueue_starts(cluster, operator, workload)
+    cluster.delete("job", "j")
+
+
+def kueue_starts(cluster: Cluster, operator: Operator, workload: str) -> None:
+    """With the node selector of a flavour in the template."""
+    cluster.patch_workload(workload, {"spec": {"suspend": False, "template": {"flavour": "a100"}}})
     cluster.job_controller()
     for _ in range(3):
         cluster.advance(only_pod(cluster))
-    see(operator)
+        see(operator)
+
+
+def kueue_stops(cluster: Cluster, operator: Operator, workload: str) -> None:
+    """And restores the template after that, in another write."""
     cluster.suspend(workload)
+    cluster.patch_workload(workload, {"spec": {"template": {}}})
     stand_still(cluster, operator)
-    cluster.suspend(workload, suspend=False)
 
 
 @restarting("deleted while it waits in Kueue's queue", "nothing", "NeverStarted")

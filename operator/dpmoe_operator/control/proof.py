@@ -16,6 +16,7 @@ from dpmoe_trainer.contract import (
     FINAL_CODES,
     TERMINATION_MESSAGE_BYTES,
     ExitCode,
+    Outcome,
     TrainingReport,
 )
 
@@ -145,7 +146,7 @@ def last_report(workload: WorkloadView) -> tuple[PodView, TrainingReport]:
             f"the report does not count {len(missing)} of {len(started)} pods that may have run"
             f" rank 0: {missing[0]}",
         )
-    doubt = _may_have_missed(workload, last, set(attempts))
+    doubt = _may_have_missed(workload, last, report, set(attempts))
     if doubt is not None:
         raise Unanswered("ReportMissing", doubt)
     return last, report
@@ -161,15 +162,21 @@ def _was_first(workload: WorkloadView, last: PodView) -> bool:
     )
 
 
-def _may_have_missed(workload: WorkloadView, last: PodView, listed: set[str]) -> str | None:
-    """Why a pod that ran rank 0 may have gone both unseen and unlisted, or None."""
+def _may_have_missed(
+    workload: WorkloadView, last: PodView, report: TrainingReport, listed: set[str]
+) -> str | None:
+    """Why a pod that ran rank 0 may have gone both unseen and unlisted, or None.
+
+    Kueue changes a Job's spec twice where it stops it, so the bound on its starts grows too large
+    with every preemption. A run that completed pays its whole plan, whatever went unseen.
+    """
     seen = {pod.uid for pod in workload.first_pods}
     first = listed | seen
     known = first | {pod.uid for pod in workload.pods}
     if len(first) <= last.failures:
         return f"{last.failures} pods of rank 0 failed before, {len(first) - 1} of them are known"
     beginnings = _beginnings(workload.first_pods, listed - seen)
-    if beginnings < workload.starts:
+    if beginnings < workload.starts and report.outcome is not Outcome.COMPLETED:
         return f"the Job was started {workload.starts} times, {beginnings} starts are known"
     if workload.ended > len(known):
         return f"{workload.ended} pods ended, {len(known)} of them are known"

@@ -206,6 +206,7 @@ class WorkloadView:
         """How often its pods were let run, at most: a generation counts changes of the spec.
 
         It is created suspended, and every start is a change, as is every suspension before another.
+        Other changes count as well: Kueue restores the template where it stops a Job.
         """
         return self.meta.generation // 2
 

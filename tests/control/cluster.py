@@ -70,6 +70,7 @@ class Cluster:
         journals: by DPMoEJob, the pods that ever started, as its checkpoint volume knows them.
         told: by Kubernetes Job, the counts of failures that its next pod is told.
         version: of the last write.
+        refuse_pods: no pod can be created, for a quota or a class that is not there.
         pending: events that the operator's watches have not brought yet.
     """
 
@@ -83,6 +84,7 @@ class Cluster:
         self.steps: dict[str, int] = {}
         self.journals: dict[str, list[str]] = {}
         self.told: dict[str, dict[str, int]] = {}
+        self.refuse_pods = False
         self.store = MemoryStore()
         self.pending: list[Event] = []
         self.version = 100
@@ -232,7 +234,7 @@ class Cluster:
             return {"failed": failed if not alive else 0, "conditions": [_condition(kind)]}
         if not alive:
             self.create_pod(manifest)
-        return {"active": 1, "conditions": []}
+        return {"active": int(not self.refuse_pods), "conditions": []}
 
     def _status_by_index(
         self, uid: str, manifest: Object, pods: list[Object], alive: list[Object]
@@ -250,7 +252,7 @@ class Cluster:
             return {**failed, "failedIndexes": "0", "conditions": [_condition("Failed")]}
         if not alive:
             self.create_pod(manifest)
-        return {**failed, "active": 1, "conditions": []}
+        return {**failed, "active": int(not self.refuse_pods), "conditions": []}
 
     def _count(self, owner: Object, each: Object) -> None:
         """The Job controller counts a failed pod, once."""
@@ -265,6 +267,8 @@ class Cluster:
             owner["status"]["failed"] = owner["status"].get("failed", 0) + 1
 
     def create_pod(self, workload: Object) -> None:
+        if self.refuse_pods:
+            return
         uid = f"pod-{self.version}"
         job_uid, owner = workload["metadata"]["labels"][JOB_UID], workload["metadata"]["uid"]
         self.pods[uid] = pod(UNSCHEDULED, uid=uid, node=None, job_uid=job_uid, owner=owner)
@@ -559,15 +563,19 @@ class Operator:
             return
         meta = known["metadata"]
         now = format_time(self.cluster.now)
-        if isinstance(action, Stop):
-            patch = stop_patch(now)
-        elif meta["resourceVersion"] != action.resource_version:
+        guarded = not isinstance(action, Stop) or action.watch is not None
+        if guarded and meta["resourceVersion"] != action.resource_version:
             return
+        if isinstance(action, Stop):
+            patch = stop_patch(action, now)
         elif isinstance(action, Pause):
             patch = pause_patch(action, now)
         else:
             patch = release_patch(action, now)
-        self.picture.on_workload("MODIFIED", self.cluster.patch_workload(meta["uid"], patch))
+        stored = self.cluster.patch_workload(meta["uid"], patch)
+        self.picture.on_workload("MODIFIED", stored)
+        if isinstance(action, Release | Stop):
+            self.picture.on_watched(action.job_uid, stored, action.watch)
 
 
 def settle_down(cluster: Cluster, operator: Operator, seconds: int = 1) -> None:

@@ -1,5 +1,7 @@
 """Rows of the settlement table: jobs whose pods are never replaced."""
 
+from datetime import timedelta
+
 from tests.control.cluster import Cluster, Operator
 from tests.control.settlement_rows import OTHER_IMAGE, ROWS, STEPS, TAKEN, end, reported, row
 from tests.control.stages import (
@@ -77,10 +79,40 @@ def _(cluster: Cluster, operator: Operator) -> None:
 # Before the pod runs
 
 
-@row("deleted before any of its pods was seen", "the plan", "ReportMissing")
+@row("deleted before any of its pods was made", "nothing", "NeverStarted")
 def _(cluster: Cluster, operator: Operator) -> None:
     reach_released(cluster, operator)
     cluster.delete("job", "j")
+
+
+@row("deleted so early that its pods may yet be made", "the plan", "ReportMissing")
+def _(cluster: Cluster, operator: Operator) -> None:
+    """The Job controller has not seen the release, and its status tells of the time before."""
+    reach_granted(cluster, operator)
+    cluster.job_controller()
+    assert see(operator) == (["launched"], ["Release"])
+    cluster.delete("job", "j")
+
+
+@row("none of its pods could be made within its start timeout", "nothing", "NeverStarted")
+def _(cluster: Cluster, operator: Operator) -> None:
+    reach_podless(cluster, operator)
+    cluster.now += timedelta(seconds=61)
+
+
+@row("the same, and the operator was restarted meanwhile", "nothing", "NeverStarted")
+def _(cluster: Cluster, operator: Operator) -> None:
+    reach_podless(cluster, operator)
+    operator.restart()
+    cluster.now += timedelta(seconds=61)
+
+
+def reach_podless(cluster: Cluster, operator: Operator) -> None:
+    """Released, and the Job controller can make no pod."""
+    cluster.refuse_pods = True
+    reach_released(cluster, operator, placement={"startTimeoutSeconds": 60})
+    cluster.job_controller()
+    assert see(operator) == ([], [])
 
 
 @row("deleted while its pod waits for a node or an image", "nothing", "NeverStarted")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from tests.control.cluster import Cluster, Operator
+from tests.control.rows_once import reach_podless
 from tests.control.settlement_rows import ROWS, TAKEN, Play, end, reported, row
 from tests.control.stages import (
     grant_of,
@@ -228,15 +229,28 @@ def _(cluster: Cluster, operator: Operator) -> None:
     kueue_starts(cluster, operator, workload)
 
 
-@restarting("preempted by Kueue several times, and deleted", "the plan", "ReportMissing")
+@restarting("preempted by Kueue several times, and deleted", "the steps taken", "Stopped")
+def _(cluster: Cluster, operator: Operator) -> None:
+    reach_preempted_twice(cluster, operator)
+    cluster.train(only_pod(cluster), TAKEN)
+    cluster.delete("job", "j")
+
+
+@restarting("the same, after a gap of the watch", "the plan", "ReportMissing")
 def _(cluster: Cluster, operator: Operator) -> None:
     """Each preemption is up to three changes of the spec: they may hide another start."""
+    reach_preempted_twice(cluster, operator)
+    operator.list_pods()
+    cluster.delete("job", "j")
+
+
+def reach_preempted_twice(cluster: Cluster, operator: Operator) -> None:
+    """It runs for the third time."""
     [workload] = reach_queued(cluster, operator)
     for _ in range(2):
         kueue_starts(cluster, operator, workload)
         kueue_stops(cluster, operator, workload)
     kueue_starts(cluster, operator, workload)
-    cluster.delete("job", "j")
 
 
 def kueue_starts(cluster: Cluster, operator: Operator, workload: str) -> None:
@@ -259,6 +273,22 @@ def kueue_stops(cluster: Cluster, operator: Operator, workload: str) -> None:
 def _(cluster: Cluster, operator: Operator) -> None:
     reach_queued(cluster, operator)
     cluster.delete("job", "j")
+
+
+@restarting(
+    "none of its pods could be made, though it keeps checkpoints", "nothing", "NeverStarted"
+)
+def _(cluster: Cluster, operator: Operator) -> None:
+    reach_podless(cluster, operator)
+    cluster.now += timedelta(seconds=61)
+
+
+@restarting("the same, and another operator took over meanwhile", "the plan", "ReportMissing")
+def _(cluster: Cluster, operator: Operator) -> None:
+    """Jobs that keep checkpoints forget pods that were disrupted."""
+    reach_podless(cluster, operator)
+    operator.restart()
+    cluster.now += timedelta(seconds=61)
 
 
 @restarting("its pods were not placed within its start timeout", "nothing", "NeverStarted")

@@ -23,7 +23,12 @@ BLOCKS: dict[str, Object] = {
     },
 }
 ACCESS = [
-    {"namespace": TEAM, "models": ["models"], "outputs": [{"claimName": "results"}]},
+    {
+        "namespace": TEAM,
+        "models": ["models"],
+        "outputs": [{"claimName": "results"}],
+        "checkpoints": {"claimName": "saved"},
+    },
     {
         "namespace": OTHER_TEAM,
         "maxEpsilon": "2.5",
@@ -115,6 +120,15 @@ class ClusterUnderStress(RuleBasedStateMachine):
             self.cluster.suspend(uid)
 
     @rule(number=st.integers(0, 3))
+    def resume_workload(self, number: int) -> None:
+        """By hand, or by Kueue; also a Job that its operator gave up."""
+        for uid in list(self.cluster.workloads)[number : number + 1]:
+            job_uid = self.cluster.workloads[uid]["metadata"]["labels"][JOB_UID]
+            grant = self.cluster.ledger.grants[job_uid]
+            if grant.launched is not None and grant.settled is None:
+                self.cluster.suspend(uid, suspend=False)
+
+    @rule(number=st.integers(0, 3))
     def delete_pod(self, number: int) -> None:
         for uid in list(self.cluster.pods)[number : number + 1]:
             self.cluster.terminate(uid)
@@ -148,6 +162,10 @@ class ClusterUnderStress(RuleBasedStateMachine):
     def kubelet(self) -> None:
         self.cluster.kubelet()
 
+    @rule(refused=st.booleans())
+    def refuse_pods(self, refused: bool) -> None:
+        self.cluster.refuse_pods = refused
+
     @rule(number=st.integers(0, 3))
     def lose_pod(self, number: int) -> None:
         for uid in list(self.cluster.pods)[number : number + 1]:
@@ -158,6 +176,14 @@ class ClusterUnderStress(RuleBasedStateMachine):
         self.cluster.now += timedelta(seconds=seconds)
 
     # The operator
+
+    @rule(deaf=st.booleans())
+    def hold_back_pods(self, deaf: bool) -> None:
+        self.operator.deaf = deaf
+
+    @rule()
+    def lose_watch_of_pods(self) -> None:
+        self.operator.list_pods()
 
     @rule(count=st.none() | st.integers(1, 4))
     def deliver(self, count: int | None) -> None:
@@ -210,11 +236,13 @@ class ClusterUnderStress(RuleBasedStateMachine):
     def nothing_is_refunded_that_was_spent(self) -> None:
         for uid, grant in self.cluster.ledger.grants.items():
             charged = grant.granted.steps if grant.settled is None else grant.settled.steps
-            assert self.cluster.steps.get(uid, 0) <= charged, grant.settled
+            drawn = min(self.cluster.steps.get(uid, 0), grant.granted.steps)
+            assert drawn <= charged, grant.settled
 
     def teardown(self) -> None:
         """Once nobody interferes any more, everything ends and is settled, and nothing moves."""
         self.cluster.now += timedelta(seconds=120)  # All budget is unlocked by then.
+        self.cluster.refuse_pods = self.operator.deaf = False
         self.operator.deliver()
         settle_down(self.cluster, self.operator)
         for uid, grant in self.cluster.ledger.grants.items():

@@ -23,7 +23,7 @@ from tests.control.stages import (
     settled,
 )
 
-from dpmoe_operator.control.actions import Remove, SetStatus
+from dpmoe_operator.control.actions import Remove, SetStatus, Stop
 from dpmoe_operator.control.decide import decide
 from dpmoe_operator.control.steering import stop_patch
 from dpmoe_operator.control.times import parse_time
@@ -132,7 +132,9 @@ def test_release_is_given_once_on_what_was_decided(cluster: Cluster, operator: O
     """Whoever gave the Job up since the decision wins: the release carries its version."""
     reach_launched(cluster, operator)
     [uid] = cluster.workloads
-    cluster.patch_workload(uid, stop_patch("2030-01-01T12:00:00Z"))
+    workload = cluster.workloads[uid]["metadata"]
+    stop = Stop("j", workload["namespace"], workload["name"], workload["resourceVersion"])
+    cluster.patch_workload(uid, stop_patch(stop, "2030-01-01T12:00:00Z"))
     _, actions = operator.round()
     assert kinds(actions) == ["Release"]
     assert cluster.workloads[uid]["spec"]["suspend"] is True
@@ -155,8 +157,7 @@ def test_fresh_release_is_not_taken_for_a_stop(cluster: Cluster, operator: Opera
 DELETED = {
     "granted": ("NeverStarted", 0),
     "launched": ("NeverStarted", 0),
-    # Stopped within the moment in which its pods are made: nobody saw what they did.
-    "released": ("ReportMissing", 4),
+    "released": ("NeverStarted", 0),
     "pending": ("NeverStarted", 0),
     "running": ("Stopped", 3),
     "ended": ("Completed", 4),

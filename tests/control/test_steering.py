@@ -7,6 +7,7 @@ from tests.builders import TEAM, block
 from tests.control.cluster import Cluster, Operator
 from tests.control.stages import (
     grant_of,
+    kinds,
     only_pod,
     reach_launched,
     reach_pending,
@@ -213,6 +214,39 @@ def test_pods_that_end_with_another_cost_no_retry(
     cluster.job_controller()
     see(operator)
     assert settled(cluster) == ("Completed", 4)
+
+
+def test_status_names_the_kubernetes_job_where_no_pod_is_made(
+    cluster: Cluster, operator: Operator
+) -> None:
+    cluster.refuse_pods = True
+    reach_pending(cluster, operator)
+    [workload] = cluster.workloads.values()
+    name, namespace = workload["metadata"]["name"], workload["metadata"]["namespace"]
+    message = cluster.jobs["j"]["status"]["message"]
+    assert message.endswith(f"see `kubectl describe job {name} -n {namespace}`")
+    assert "no trainer pod was created" in message
+    cluster.refuse_pods = False
+    cluster.job_controller()
+    see(operator)
+    assert cluster.jobs["j"]["status"]["message"].endswith("the trainer pods wait for a node")
+
+
+def test_job_without_pods_is_given_up_as_it_was_seen(cluster: Cluster, operator: Operator) -> None:
+    """A pod that is made meanwhile changes the Job, and the next round sees it."""
+    cluster.edit("b", access=[{"namespace": TEAM, **OPENED, "checkpoints": None}])
+    cluster.refuse_pods = True
+    reach_pending(cluster, operator)
+    cluster.delete("job", "j")
+    operator.deliver()
+    cluster.refuse_pods = False
+    cluster.job_controller()
+    _, actions = operator.round()
+    assert kinds(actions) == ["Stop"]
+    [workload] = cluster.workloads.values()
+    assert workload["spec"]["suspend"] is False
+    assert see(operator) == ([], ["Stop"])
+    assert workload["spec"]["suspend"] is True
 
 
 def test_pending_job_without_a_timeout_waits(cluster: Cluster, operator: Operator) -> None:

@@ -143,3 +143,30 @@ def test_pod_of_another_start_may_have_gone_unseen(cluster: Cluster, operator: O
     operator.list_pods()
     settle_down(cluster, operator)
     assert settled(cluster) == ("ReportMissing", STEPS)
+
+
+@pytest.mark.parametrize("gap", [False, True])
+def test_pod_that_is_made_as_the_job_is_given_up_is_not_overlooked(
+    cluster: Cluster, operator: Operator, gap: bool
+) -> None:
+    """The Job controller makes a pod at last, before it sees that the Job is suspended."""
+    cluster.refuse_pods = True
+    reach_pending(cluster, operator)
+    operator.deaf = True
+    cluster.delete("job", "j")
+    assert see(operator) == ([], ["Stop"])
+    cluster.refuse_pods = False
+    cluster.create_pod(next(iter(cluster.workloads.values())))
+    for _ in range(3):
+        cluster.advance(only_pod(cluster))
+    cluster.train(only_pod(cluster), TAKEN)
+    for _ in range(2):
+        cluster.job_controller()
+        cluster.kubelet()
+    assert cluster.pods == {}
+    assert see(operator) == ([], [])
+    if gap:
+        operator.list_pods()
+    operator.deaf = False
+    settle_down(cluster, operator)
+    assert settled(cluster) == (("ReportMissing", STEPS) if gap else ("Stopped", TAKEN))

@@ -25,7 +25,7 @@ from tests.control.workloads import (
 
 from dpmoe_operator.control.pods import PodView
 from dpmoe_operator.control.times import format_time, parse_time
-from dpmoe_operator.control.views import BlockView, JobView, Meta, WorkloadView
+from dpmoe_operator.control.views import BlockView, JobView, Meta, WorkloadView, stop_was_observed
 
 
 def test_times_are_read_and_written_as_kubernetes_does() -> None:
@@ -241,6 +241,80 @@ def test_job_that_nobody_let_run() -> None:
     ):
         assert WorkloadView.of(manifest, ()).may_have_run
     assert WorkloadView.of(fresh, (PodView.of(pod(UNSCHEDULED, node=None)),)).may_have_run
+
+
+ON, OFF = {"Suspended": "JobSuspended"}, {}
+
+
+def state(generation: int, conditions: Any, *, suspend: bool = True) -> Object:
+    manifest = workload(suspend=suspend, conditions=conditions)
+    manifest["metadata"]["generation"] = generation
+    return manifest
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "already", "observed"),
+    [
+        (state(2, OFF, suspend=False), state(3, ON), False, True),
+        (state(3, OFF), state(3, ON), False, True),
+        (state(2, OFF, suspend=False), state(3, OFF), False, False),
+        (state(2, ON, suspend=False), state(3, ON), False, False),
+        (state(3, ON), state(3, ON), False, False),
+        (state(3, ON), state(3, ON), True, True),
+        (state(3, ON), state(4, ON), True, True),
+        (state(3, ON), state(5, ON), True, False),
+        (state(3, ON), state(4, ON, suspend=False), True, False),
+        (state(2, OFF, suspend=False), state(4, ON), False, False),
+    ],
+    ids=[
+        "both at once",
+        "status follows",
+        "not yet",
+        "status of before the start",
+        "never seen to change",
+        "nothing changed",
+        "another change of the spec",
+        "it may have been started between",
+        "started again",
+        "gap",
+    ],
+)
+def test_suspension_is_observed_where_its_condition_is_seen_to_come(
+    before: Object, now: Object, already: bool, observed: bool
+) -> None:
+    assert stop_was_observed(before, now, already=already) is observed
+
+
+def test_all_pods_are_known_to_a_watch_that_was_there_from_the_start() -> None:
+    stopped = workload(suspend=True, conditions=SUSPENDED)
+    known = {"watched": True, "caught_up": True, "stop_observed": True}
+    assert WorkloadView.of(stopped, (), **known).all_pods_known
+    for missing in known:
+        assert not WorkloadView.of(stopped, (), **known | {missing: False}).all_pods_known
+    failed = workload(conditions={"Failed": ""})
+    assert WorkloadView.of(failed, (), watched=True, caught_up=True).all_pods_known
+
+
+def test_job_is_podless_as_long_as_nothing_tells_of_a_pod() -> None:
+    def podless(*pods: PodView, **fields: Any) -> bool:
+        manifest = workload(**fields)
+        manifest["spec"] |= {"backoffLimit": 0}
+        return WorkloadView.of(manifest, pods).podless
+
+    assert podless()
+    assert podless(active=0, uncountedTerminatedPods={})
+    assert not podless(PodView.of(pod(UNSCHEDULED, node=None)))
+    assert not podless(suspend=True)
+    assert not podless(released=False)
+    for count in ("active", "ready", "terminating", "succeeded", "failed"):
+        assert not podless(**{count: 1})
+    assert not podless(uncountedTerminatedPods={"failed": ["pod-1"]})
+    again = workload()
+    again["metadata"]["generation"] = 4
+    assert not WorkloadView.of(again, ()).podless
+    restartable = workload()
+    restartable["spec"]["backoffLimitPerIndex"] = 3
+    assert not WorkloadView.of(restartable, ()).podless
 
 
 def test_workload_fields() -> None:

@@ -149,6 +149,31 @@ def test_pods_are_confirmed_for_the_job_as_it_was_read_and_once_the_watch_told_a
     assert (view.confirmed, view.caught_up) == (False, False)
 
 
+def test_watch_tells_of_all_pods_of_a_job_until_it_may_have_skipped_some() -> None:
+    def watched() -> bool:
+        return bool(seen(picture)["job-uid"].watched)
+
+    picture = Picture()
+    picture.on_workload("ADDED", workload())
+    assert seen(picture)["job-uid"].watch is None
+    picture.on_pods_told("data", "1", listed=True)
+    watch = seen(picture)["job-uid"].watch
+    picture.on_watched("job-uid", workload(), None)
+    assert not watched()
+    picture.on_watched("job-uid", workload(), watch)
+    assert watched()
+    picture.on_pods_told("data", "2", listed=False)
+    assert watched()
+    picture.on_workload("ADDED", workload(5, uid="w2"))
+    assert not watched()
+    picture.on_watched("job-uid", workload(5, uid="w2"), watch)
+    assert watched()
+    picture.on_pods_told("data", "3", listed=True)
+    assert not watched()
+    picture.on_watched("job-uid", workload(5, uid="w2"), watch)
+    assert not watched()
+
+
 def test_pod_of_another_owner_is_not_counted() -> None:
     picture = Picture()
     picture.on_workload("ADDED", workload())

@@ -29,6 +29,7 @@ class Release:
     Attributes:
         queue: Kueue's LocalQueue that it waits in from now on; None to start it at once.
         again: it ran before, and goes on.
+        watch: the watch that will tell of all of its pods, if nobody let them run before.
     """
 
     job_uid: str
@@ -37,6 +38,7 @@ class Release:
     resource_version: str
     queue: str | None = None
     again: bool = False
+    watch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,18 @@ class MarkStarted:
 
 @dataclass(frozen=True)
 class Stop:
-    """Give up a job for good: suspend it, so that its pods end and it is settled."""
+    """Give up a job for good: suspend it, so that its pods end and it is settled.
+
+    Attributes:
+        resource_version: where a `watch` is given, the only version of the Job to which it applies.
+        watch: the watch that tells of all of its pods, if that version shows that it had none.
+    """
 
     job_uid: str
     namespace: str
     name: str
+    resource_version: str
+    watch: str | None = None
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,11 @@ from dpmoe_operator.control.job_status import job_status, timed_out
 from dpmoe_operator.control.market import Market
 from dpmoe_operator.control.planning import Planned, Planner
 from dpmoe_operator.control.projection import block_status
-from dpmoe_operator.control.proof import may_learn_more
 from dpmoe_operator.control.rows import account_name
 from dpmoe_operator.control.settings import Settings
 from dpmoe_operator.control.settlement import (
     Verdict,
+    may_learn_more,
     settle,
     steps_shown,
     verdict_of_ended,
@@ -226,9 +226,10 @@ def _verdict(
         if workload.may_have_run:
             return verdict_of_stolen_start(grant)
         return verdict_of_unlaunched("the DPMoEJob was deleted before its pods were released")
-    if workload.over and workload.confirmed and not may_learn_more(workload):
+    shown = steps_shown(snapshot, uid)
+    if workload.over and workload.confirmed and not may_learn_more(grant, workload, shown):
         why = "not within its start timeout" if uid in snapshot.jobs else "its DPMoEJob was deleted"
-        return verdict_of_ended(grant, workload, steps_shown(snapshot, uid), why)
+        return verdict_of_ended(grant, workload, shown, why)
     return None
 
 

@@ -53,7 +53,18 @@ def phase_of(
         return "Running", "PodWaiting", f"{only}; {times}{at}{_no_pause(job, workload)}"
     if stuck is not None:
         return "Reserved", "PodWaiting", f"the trainer pod waits: {stuck}"
+    if not workload.pods:
+        return "Reserved", "PodPending", _no_pod(workload)
     return "Reserved", "PodPending", "budget is reserved; the trainer pods wait for a node"
+
+
+def _no_pod(workload: WorkloadView) -> str:
+    """Quotas, admission and classes that do not exist speak to the Job controller alone."""
+    meta = workload.meta
+    return (
+        "budget is reserved; no trainer pod was created yet: if that lasts, see `kubectl describe"
+        f" job {meta.name} -n {meta.namespace}`"
+    )
 
 
 def _no_pause(job: JobView, workload: WorkloadView) -> str:

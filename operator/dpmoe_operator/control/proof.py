@@ -38,18 +38,17 @@ def never_started(workload: WorkloadView, *, rank_0_alone: bool) -> bool:
             the key of the noise, so it is enough that rank 0 never started.
     """
     pods = workload.first_pods if rank_0_alone else workload.pods
+    if workload.active > 0 or workload.ended > len(workload.pods):
+        return False
     if not pods:
-        return workload.untouched and not workload.pods
-    if workload.restartable:
+        return workload.all_pods_known or (workload.untouched and not workload.pods)
+    if workload.all_pods_known:
+        all_seen = True
+    elif workload.restartable:
         all_seen = _all_seen(workload, rank_0_alone=rank_0_alone)
     else:
         all_seen = workload.starts <= 1
-    return (
-        all_seen
-        and not any(pod.may_have_started for pod in pods)
-        and workload.ended <= len(workload.pods)
-        and workload.active == 0
-    )
+    return all_seen and not any(pod.may_have_started for pod in pods)
 
 
 def _all_seen(workload: WorkloadView, *, rank_0_alone: bool) -> bool:
@@ -82,22 +81,6 @@ def _beginnings(pods: Iterable[PodView], unseen: Set[str]) -> int:
 def _unfollowed(workload: WorkloadView, last: PodView) -> bool:
     """Whether no pod of its index that went unseen can have followed it, in the same start."""
     return last.let_go or (last.witnessed and workload.caught_up)
-
-
-def may_learn_more(workload: WorkloadView) -> bool:
-    """Whether the watch, where it is late, may still tell what followed the last known pods.
-
-    It is not late for long: it goes on, with bookmarks if nothing else, or breaks, and then no pod
-    that is over counts as witnessed any more.
-    """
-    if not workload.restartable or workload.caught_up:
-        return False
-    first = [pod for pod in workload.first_pods if pod.may_have_started]
-    if first and _is_final(workload, first[-1]):
-        return False
-    indexes = {pod.index for pod in workload.pods}
-    lasts = [_last_of(p for p in workload.pods if p.index == index) for index in indexes]
-    return any(pod.witnessed and not pod.let_go for pod in lasts)
 
 
 def _is_final(workload: WorkloadView, last: PodView) -> bool:
@@ -175,11 +158,13 @@ def _may_have_missed(
     known = first | {pod.uid for pod in workload.pods}
     if len(first) <= last.failures:
         return f"{last.failures} pods of rank 0 failed before, {len(first) - 1} of them are known"
+    if workload.ended > len(known):
+        return f"{workload.ended} pods ended, {len(known)} of them are known"
+    if workload.all_pods_known:
+        return None
     beginnings = _beginnings(workload.first_pods, listed - seen)
     if beginnings < workload.starts and report.outcome is not Outcome.COMPLETED:
         return f"the Job was started {workload.starts} times, {beginnings} starts are known"
-    if workload.ended > len(known):
-        return f"{workload.ended} pods ended, {len(known)} of them are known"
     if not _is_final(workload, last) and not _unfollowed(workload, last):
         return "rank 0 ended while no operator watched: another pod of it may have followed unseen"
     return None

@@ -10,7 +10,7 @@ The rule of every row: what is not proven unspent is spent. Two things prove:
 Everything else is charged in full, and the settlement says why.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpmoe_operator.api.ledgerentry import Charge, Settled
 from dpmoe_operator.control.pods import PodView
@@ -103,6 +103,16 @@ def verdict_of_ended(
     if never_started(workload, rank_0_alone=grant.granted.reports_prove):
         return Verdict("NeverStarted", 0, f"no container ever started ({workload.reason or why})")
     return _verdict_of_report(grant, workload, shown)
+
+
+def may_learn_more(grant: Grant, workload: WorkloadView, shown: int) -> bool:
+    """Whether the watch of pods, where it is late, may still tell what changes the verdict.
+
+    It is not late for long: it goes on, with bookmarks if nothing else, or breaks, and then it may
+    have missed something, which no other watch will tell.
+    """
+    later = replace(workload, caught_up=True)
+    return verdict_of_ended(grant, workload, shown) != verdict_of_ended(grant, later, shown)
 
 
 def steps_shown(snapshot: Snapshot, uid: str) -> int:

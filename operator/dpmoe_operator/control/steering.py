@@ -39,14 +39,16 @@ def steer(
     if workload.cancelled:
         return
     if job is None or start_timed_out(job, workload, snapshot, settings):
-        yield Stop(uid, meta.namespace, meta.name)
+        watch = workload.watch if workload.podless else None
+        yield Stop(uid, meta.namespace, meta.name, meta.resource_version, watch)
         return
     suspend = bool(job.spec and job.spec.suspend)
     queue = job.spec.placement.queue_name if job.spec else None
     place = uid, meta.namespace, meta.name, meta.resource_version
     if workload.released is None:
         if not (suspend and workload.restartable):
-            yield Release(*place, queue=queue)
+            watch = workload.watch if workload.untouched else None
+            yield Release(*place, queue=queue, watch=watch)
     elif workload.restartable and workload.outcome is None:
         if uid not in snapshot.marked and _has_started(workload):
             owner = meta.name, meta.uid
@@ -122,7 +124,9 @@ def pause_patch(action: Pause, now: str) -> dict[str, Any]:
     return {"metadata": metadata, "spec": {"suspend": True}}
 
 
-def stop_patch(now: str) -> dict[str, Any]:
+def stop_patch(action: Stop, now: str) -> dict[str, Any]:
     """The write by which a Job is given up."""
-    metadata = {"annotations": {CANCELLED: now}, "labels": {QUEUE_NAME: None}}
+    metadata: dict[str, Any] = {"annotations": {CANCELLED: now}, "labels": {QUEUE_NAME: None}}
+    if action.watch is not None:
+        metadata["resourceVersion"] = action.resource_version
     return {"metadata": metadata, "spec": {"suspend": True}}

@@ -109,6 +109,16 @@ CANCELLED = "dpmoe.dev/cancelled"
 """Annotation of a Kubernetes Job that the operator gave up. The write fences off an operator with
 an older view: a release carries the resource version that it was decided on."""
 
+POD_COUNTS = (
+    "active",
+    "ready",
+    "terminating",
+    "succeeded",
+    "failed",
+    "uncountedTerminatedPods",
+)
+"""Fields of a Job's status that tell of its pods."""
+
 
 @dataclass(frozen=True)
 class WorkloadView:
@@ -129,6 +139,10 @@ class WorkloadView:
         confirmed: the pods were read from the server after the Job had ended, so that a slow watch
             is not mistaken for a missing report.
         caught_up: the watch has told what happened to the pods before they were read.
+        watch: names the watch that tells of its pods, until that may have missed something.
+        watched: that watch was there before the first of its pods.
+        idle: its status counts no pod, neither of those that run or end nor of those that ended.
+        stop_observed: the Job controller has acted upon the suspension, and makes no pod any more.
         outcome: `Complete` or `Failed` once the Job has that condition.
         reason: the condition's reason and message.
     """
@@ -148,6 +162,10 @@ class WorkloadView:
     reason: str
     confirmed: bool
     caught_up: bool
+    watch: str | None
+    watched: bool
+    idle: bool
+    stop_observed: bool
     pods: tuple[PodView, ...] = ()
 
     @classmethod
@@ -158,6 +176,9 @@ class WorkloadView:
         *,
         confirmed: bool = False,
         caught_up: bool = False,
+        watch: str | None = None,
+        watched: bool = False,
+        stop_observed: bool = False,
     ) -> "WorkloadView":
         """View a Kubernetes Job and its pods."""
         annotations = manifest["metadata"].get("annotations") or {}
@@ -184,6 +205,10 @@ class WorkloadView:
             reason=": ".join(filter(None, (condition.get("reason"), condition.get("message")))),
             confirmed=confirmed,
             caught_up=caught_up,
+            watch=watch,
+            watched=watched,
+            idle=not any(status.get(count) for count in POD_COUNTS),
+            stop_observed=stop_observed,
             pods=pods,
         )
 
@@ -216,6 +241,23 @@ class WorkloadView:
         return self.asked_to_suspend and self.meta.generation == 1
 
     @property
+    def podless(self) -> bool:
+        """No pod of it is known, and none can have ended and be forgotten.
+
+        As long as a Job is not suspended, each pod that ends is counted before it may go, but for
+        disrupted ones where failed ones are replaced.
+        """
+        started_once = self.released is not None and self.meta.generation <= 2
+        forgets = self.restartable or self.asked_to_suspend
+        return started_once and self.idle and not self.pods and not forgets
+
+    @property
+    def all_pods_known(self) -> bool:
+        """No pod of a Job that is over can have gone unseen, nor that of any start of it."""
+        made_all = self.outcome is not None or self.stop_observed
+        return self.watched and self.caught_up and made_all
+
+    @property
     def may_have_run(self) -> bool:
         """Whether anybody let its pods run, the operator or not."""
         return (
@@ -245,6 +287,29 @@ def _time_of(mark: str) -> datetime:
         return parse_time(mark)
     except ValueError:
         return datetime.min.replace(tzinfo=UTC)
+
+
+def stop_was_observed(before: Json, now: Json, *, already: bool) -> bool:
+    """Whether the Job controller has acted upon the suspension that the later of two states shows.
+
+    Its status lags behind the spec: it may say `Suspended` of the time before a start that the
+    controller will still make pods for. So it counts only where it was seen to become true, with
+    no start since.
+
+    Args:
+        before: the Job's state that was seen before.
+        now: the one that is seen now.
+        already: the suspension that `before` shows was observed.
+    """
+    changes = now["metadata"].get("generation", 0) - before["metadata"].get("generation", 0)
+    if changes > 1 or not (now.get("spec") or {}).get("suspend"):
+        return False
+    return already or (_says_suspended(now) and not _says_suspended(before))
+
+
+def _says_suspended(manifest: Json) -> bool:
+    conditions = (manifest.get("status") or {}).get("conditions") or []
+    return any(c["type"] == "Suspended" and c.get("status") == "True" for c in conditions)
 
 
 def _begins_with_zero(indexes: str) -> bool:

@@ -185,17 +185,22 @@ class Applier:
             return await self._client.get(resource, meta["namespace"], meta["name"])
 
     async def _release(self, action: Release) -> None:
-        await self._patch_job(action, release_patch(action, format_time(datetime.now(UTC))))
+        job = await self._patch_job(action, release_patch(action, format_time(datetime.now(UTC))))
+        self._picture.on_watched(action.job_uid, job, action.watch)
 
     async def _pause(self, action: Pause) -> None:
         await self._patch_job(action, pause_patch(action, format_time(datetime.now(UTC))))
 
     async def _stop(self, action: Stop) -> None:
-        await self._patch_job(action, stop_patch(format_time(datetime.now(UTC))))
+        job = await self._patch_job(action, stop_patch(action, format_time(datetime.now(UTC))))
+        self._picture.on_watched(action.job_uid, job, action.watch)
 
-    async def _patch_job(self, action: Release | Pause | Stop, patch: dict[str, Any]) -> None:
+    async def _patch_job(
+        self, action: Release | Pause | Stop, patch: dict[str, Any]
+    ) -> dict[str, Any]:
         job = await self._client.patch(JOBS, action.namespace, action.name, patch)
         self._picture.on_workload("MODIFIED", job)
+        return job
 
     async def _mark_started(self, action: MarkStarted) -> None:
         mark = build_start_mark(action.job, action.namespace)

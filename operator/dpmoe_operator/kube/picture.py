@@ -10,10 +10,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
+from uuid import uuid4
 
 from dpmoe_operator.control.decide import data_namespaces
 from dpmoe_operator.control.pods import PodView
-from dpmoe_operator.control.views import BlockView, JobView, Snapshot, WorkloadView
+from dpmoe_operator.control.views import (
+    BlockView,
+    JobView,
+    Snapshot,
+    WorkloadView,
+    stop_was_observed,
+)
 from dpmoe_operator.launch.launching import JOB_NAME, JOB_NAMESPACE, JOB_UID, workload_name
 from dpmoe_operator.ledger.fold import LedgerState
 from dpmoe_trainer.contract import JobReference, Progress
@@ -58,6 +65,9 @@ class Picture:
         self._pod_objects: dict[str, Object] = {}
         self._told: dict[str, int] = {}
         self._confirmed: dict[str, tuple[str, int]] = {}
+        self._watches: dict[str, str] = {}
+        self._watched: dict[str, tuple[str, str]] = {}
+        self._stopped: dict[str, int] = {}
         self._listed = 0
 
     def put_block(self, manifest: Object) -> None:
@@ -117,8 +127,22 @@ class Picture:
                 del self._workloads[job_uid]
                 self.prepared.discard(job_uid)
         elif known is None or not same or _version(known) < _version(manifest):
+            self._note_stop(job_uid, known if same else None, manifest)
             self._workloads[job_uid] = manifest
         self.changed.set()
+
+    def _note_stop(self, job_uid: str, known: Object | None, manifest: Object) -> None:
+        """Remember for which generation of a Job its controller was seen to have stopped it."""
+        stopped = self._stopped.pop(job_uid, None)
+        if known is not None:
+            already = stopped == known["metadata"].get("generation")
+            if stop_was_observed(known, manifest, already=already):
+                self._stopped[job_uid] = manifest["metadata"].get("generation")
+
+    def on_watched(self, job_uid: str, manifest: Object, watch: str | None) -> None:
+        """A Job was written to that had no pod before that watch of pods, if one is named."""
+        if watch is not None:
+            self._watched[job_uid] = manifest["metadata"]["uid"], watch
 
     def on_pod(self, event: str, manifest: Object) -> None:
         """A pod of ours was added, modified or deleted.
@@ -152,11 +176,12 @@ class Picture:
         """The watch of a namespace's pods has come to a version.
 
         By a list, it may have skipped pods that came and went, and any of the pods that are over
-        may have been followed by one of them.
+        may have been followed by one of them. It counts as another watch then.
         """
         self._told[namespace] = int(version or 0)
         if not listed:
             return
+        self._watches[namespace] = uuid4().hex
         for pods in self._pods.values():
             for uid, pod in pods.items():
                 if pod.namespace == namespace and not pod.view.alive:
@@ -215,6 +240,8 @@ class Picture:
         for uid in job_uids:
             self._pods.pop(uid, None)
             self._confirmed.pop(uid, None)
+            self._watched.pop(uid, None)
+            self._stopped.pop(uid, None)
             self.marked.discard(uid)
             self.progress.pop(uid, None)
             self.launch_errors.pop(uid, None)
@@ -244,11 +271,15 @@ class Picture:
         pods = self._pods.get(uid, {}).values()
         job_version, version = self._confirmed.get(uid, (None, 0))
         confirmed = job_version == meta["resourceVersion"]
+        watch = self._watches.get(meta["namespace"])
         return WorkloadView.of(
             manifest,
             tuple(pod.view for pod in pods if pod.owner == meta["uid"]),
             confirmed=confirmed,
             caught_up=confirmed and self._told.get(meta["namespace"], -1) >= version,
+            watch=watch,
+            watched=watch is not None and self._watched.get(uid) == (meta["uid"], watch),
+            stop_observed=uid in self._stopped,
         )
 
     def _put(self, views: dict[str, Any], view: BlockView | JobView) -> None:

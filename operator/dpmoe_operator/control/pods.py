@@ -19,6 +19,8 @@ ANSWERED = ("EvictionByEvictionAPI", "PreemptionByScheduler", "TerminationByKube
 """Reasons of disruptions that the node's kubelet carries out and has the last word on. Others, such
 as `DeletionByTaintManager` and `DeletionByPodGC`, come where the node was not heard any more: what
 its kubelet said before is stale, and after a reboot it may say only what it can still find."""
+LOST = "ContainerStatusUnknown"
+"""Reason that a kubelet gives for the end of a container that it cannot find."""
 REJECTED = "Pod was rejected: "
 """How the message of a pod begins that the kubelet of its node did not admit."""
 
@@ -186,9 +188,7 @@ def _never_found(status: Json, states: list[Any]) -> bool:
         and not _is_cut_off(status)
         and len(ends) > 0
         and all(
-            end.get("reason") == "ContainerStatusUnknown"
-            and not end.get("containerID")
-            and not end.get("startedAt")
+            end.get("reason") == LOST and not end.get("containerID") and not end.get("startedAt")
             for end in ends
         )
     )

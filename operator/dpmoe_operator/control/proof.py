@@ -10,7 +10,7 @@ from collections.abc import Iterable, Set
 
 from pydantic import ValidationError
 
-from dpmoe_operator.control.pods import PodView
+from dpmoe_operator.control.pods import LOST, PodView
 from dpmoe_operator.control.views import WorkloadView
 from dpmoe_trainer.contract import (
     FINAL_CODES,
@@ -173,6 +173,11 @@ def _may_have_missed(
 def _read_report(pod: PodView) -> TrainingReport:
     if pod.exit_code is None:
         raise Unanswered("ReportMissing", "rank 0 ended without an exit code")
+    if pod.ended_by == LOST:
+        problem = (
+            f"rank 0 ended unseen, and left no report: its kubelet found no container ({LOST})"
+        )
+        raise Unanswered("ReportMissing", problem)
     if not pod.message:
         how = f"exit code {pod.exit_code}" + (f" ({pod.ended_by})" if pod.ended_by else "")
         raise Unanswered("ReportMissing", f"rank 0 ended with {how} and wrote no report")

@@ -6,6 +6,7 @@ from tests.control.cluster import Cluster, Operator, settle_down
 from tests.control.rows_restarted import (
     attempts,
     come_and_go,
+    newest,
     restarted,
     stand_still,
 )
@@ -146,6 +147,40 @@ def test_pod_of_another_start_may_have_gone_unseen(cluster: Cluster, operator: O
 
 
 @pytest.mark.parametrize("gap", [False, True])
+def test_pods_that_only_a_report_knows_may_all_be_of_one_start(
+    cluster: Cluster, operator: Operator, gap: bool
+) -> None:
+    """Three are known, and three starts: but the two that no operator saw are of the first."""
+    reach_running(cluster, operator)
+    [workload] = cluster.workloads
+    crash(cluster)
+    for _ in range(2):
+        cluster.job_controller()
+    for _ in range(3):
+        cluster.advance(newest(cluster))
+    cluster.suspend(workload)
+    for _ in range(2):
+        cluster.job_controller()
+        cluster.kubelet()
+    cluster.vanish(only_pod(cluster))
+    cluster.suspend(workload, suspend=False)
+    operator.restart()
+    restarted(cluster, operator)
+    assert len(attempts(cluster)) == 3
+    cluster.edit("j", suspend=True)
+    stand_still(cluster, operator)
+    if gap:
+        cluster.edit("j", suspend=False)
+        assert see(operator) == ([], ["Release"])
+        come_and_go(cluster, operator)
+        operator.list_pods()
+    else:
+        cluster.delete("job", "j")
+    settle_down(cluster, operator)
+    assert settled(cluster) == (("ReportMissing", STEPS) if gap else ("Stopped", TAKEN))
+
+
+@pytest.mark.parametrize("gap", [False, True])
 def test_pod_that_is_made_as_the_job_is_given_up_is_not_overlooked(
     cluster: Cluster, operator: Operator, gap: bool
 ) -> None:
@@ -170,3 +205,36 @@ def test_pod_that_is_made_as_the_job_is_given_up_is_not_overlooked(
     operator.deaf = False
     settle_down(cluster, operator)
     assert settled(cluster) == (("ReportMissing", STEPS) if gap else ("Stopped", TAKEN))
+
+
+def test_unseen_pod_between_two_others_is_of_no_other_start(
+    cluster: Cluster, operator: Operator
+) -> None:
+    """As above, but the first pod of the first start was seen, and its successor was not."""
+    reach_running(cluster, operator)
+    [workload] = cluster.workloads
+    crash(cluster)
+    see(operator)
+    first = only_pod(cluster)
+    operator.deaf = True
+    cluster.job_controller()
+    for _ in range(3):
+        cluster.advance(newest(cluster))
+    cluster.suspend(workload)
+    for _ in range(2):
+        cluster.job_controller()
+        cluster.kubelet()
+    cluster.suspend(workload, suspend=False)
+    operator.list_pods()
+    operator.deaf = False
+    cluster.vanish(first)
+    restarted(cluster, operator)
+    assert len(attempts(cluster)) == 3
+    cluster.edit("j", suspend=True)
+    stand_still(cluster, operator)
+    cluster.edit("j", suspend=False)
+    assert see(operator) == ([], ["Release"])
+    come_and_go(cluster, operator)
+    operator.list_pods()
+    settle_down(cluster, operator)
+    assert settled(cluster) == ("ReportMissing", STEPS)

@@ -6,7 +6,7 @@ report says whom it lists. So a report counts everything if it lists every pod t
 rank 0, its own last. What may have gone unseen is a doubt, and doubts end closed.
 """
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 
 from pydantic import ValidationError
 
@@ -57,30 +57,34 @@ def _all_seen(workload: WorkloadView, *, rank_0_alone: bool) -> bool:
     for index in indexes:
         pods = [pod for pod in workload.pods if pod.index == index]
         followed = max(pod.failures for pod in pods)
-        if len(pods) <= followed or _beginnings(pods, set()) < workload.starts:
+        last = max(pods, key=lambda pod: (pod.created, pod.failures))
+        starts = _beginnings(pods)
+        if len(pods) <= followed or starts < workload.starts:
             return False
-        if not _unfollowed(workload, _last_of(pods)):
+        if not _unfollowed(workload, last, starts):
             return False
     return True
 
 
-def _last_of(pods: Iterable[PodView]) -> PodView:
-    return max(pods, key=lambda pod: (pod.created, pod.failures))
-
-
-def _beginnings(pods: Iterable[PodView], unseen: Set[str]) -> int:
+def _beginnings(pods: Iterable[PodView]) -> int:
     """How many starts of the Job are known by their first pods: no pod of that start failed before.
 
     Args:
-        pods: that were seen, of one index.
-        unseen: pods of that index that only a report knows of. Each may have been a first one.
+        pods: of one index, all of those that were seen.
     """
-    return len(unseen) + sum(pod.failures == 0 for pod in pods)
+    return sum(pod.failures == 0 for pod in pods)
 
 
-def _unfollowed(workload: WorkloadView, last: PodView) -> bool:
-    """Whether no pod of its index that went unseen can have followed it, in the same start."""
-    return last.let_go or (last.witnessed and workload.caught_up)
+def _unfollowed(workload: WorkloadView, last: PodView, starts: int) -> bool:
+    """Whether no pod of its index can have followed it unseen.
+
+    Args:
+        workload: the Job.
+        last: the last pod of an index that is known.
+        starts: of the Job, how many are known for certain, the last pod's the last of them.
+    """
+    within_start = last.let_go and starts >= workload.starts
+    return within_start or (last.witnessed and workload.caught_up)
 
 
 def _is_final(workload: WorkloadView, last: PodView) -> bool:
@@ -129,7 +133,7 @@ def last_report(workload: WorkloadView) -> tuple[PodView, TrainingReport]:
             f"the report does not count {len(missing)} of {len(started)} pods that may have run"
             f" rank 0: {missing[0]}",
         )
-    doubt = _may_have_missed(workload, last, report, set(attempts))
+    doubt = _may_have_missed(workload, last, report, attempts)
     if doubt is not None:
         raise Unanswered("ReportMissing", doubt)
     return last, report
@@ -146,7 +150,7 @@ def _was_first(workload: WorkloadView, last: PodView) -> bool:
 
 
 def _may_have_missed(
-    workload: WorkloadView, last: PodView, report: TrainingReport, listed: set[str]
+    workload: WorkloadView, last: PodView, report: TrainingReport, attempts: tuple[str, ...]
 ) -> str | None:
     """Why a pod that ran rank 0 may have gone both unseen and unlisted, or None.
 
@@ -154,7 +158,7 @@ def _may_have_missed(
     with every preemption. A run that completed pays its whole plan, whatever went unseen.
     """
     seen = {pod.uid for pod in workload.first_pods}
-    first = listed | seen
+    first = seen.union(attempts)
     known = first | {pod.uid for pod in workload.pods}
     if len(first) <= last.failures:
         return f"{last.failures} pods of rank 0 failed before, {len(first) - 1} of them are known"
@@ -162,10 +166,16 @@ def _may_have_missed(
         return f"{workload.ended} pods ended, {len(known)} of them are known"
     if workload.all_pods_known:
         return None
-    beginnings = _beginnings(workload.first_pods, listed - seen)
-    if beginnings < workload.starts and report.outcome is not Outcome.COMPLETED:
-        return f"the Job was started {workload.starts} times, {beginnings} starts are known"
-    if not _is_final(workload, last) and not _unfollowed(workload, last):
+    beginnings = _beginnings(workload.first_pods)
+    possible = beginnings + len(first - seen)
+    if possible < workload.starts and report.outcome is not Outcome.COMPLETED:
+        return f"the Job was started {workload.starts} times, {possible} starts are known"
+    if _is_final(workload, last):
+        return None
+    # What only the report knows may all have run in one start, and no other than those seen unless
+    # it was there before them.
+    earlier = workload.first_pods[0].uid in attempts[1:]
+    if not _unfollowed(workload, last, beginnings + earlier):
         return "rank 0 ended while no operator watched: another pod of it may have followed unseen"
     return None
 

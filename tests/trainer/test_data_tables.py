@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,69 @@ def test_a_row_without_a_user(tmp_path: Path) -> None:
     path.write_text(with_row(user=None))
     with pytest.raises(BadData, match="column 'user' names no user"):
         read_table(data_plan(path, "jsonl"), "data", labels=2, unit_column="user")
+
+
+def write_users(path: Path, users: pa.Array) -> None:
+    rows = {"text": ["a"] * len(users), "label": [0] * len(users), "user": users}
+    pq.write_table(pa.table(rows), path)
+
+
+def test_a_user_is_one_unit_however_files_store_its_id(tmp_path: Path) -> None:
+    alike = {
+        "a": pa.array([7, 8]),
+        "b": pa.array([8, 7], pa.uint16()),
+        "c": pa.array(["7", "8"]),
+        "d": pa.array(["8", "7"], pa.large_string()),
+        "e": pa.array(["7", "7"]).dictionary_encode(),
+    }
+    for name, users in alike.items():
+        write_users(tmp_path / f"{name}.parquet", users)
+    plan = data_plan(tmp_path, "parquet")
+    table = read_table(plan, "data", labels=2, unit_column="user")
+    assert table.users is not None
+    assert table.users.tolist() == [0, 1, 1, 0, 0, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("users", "kind"),
+    [
+        (pa.array([7.0]), "double"),
+        (pa.array([7.0], pa.float32()).dictionary_encode(), "float"),
+        (pa.array([Decimal("7.0")]), r"decimal128\(2, 1\)"),
+        (pa.array([True]), "bool"),
+        (pa.array([7], pa.date32()), "date32"),
+        (pa.array([7], pa.timestamp("us")), "timestamp"),
+        (pa.array([b"zebrafish"]), "binary"),
+        (pa.array([["zebrafish"]]), "lists or records"),
+        (pa.array([{"zebrafish": 7}]), "lists or records"),
+    ],
+)
+def test_a_users_id_is_text_or_an_integer(users: pa.Array, kind: str, tmp_path: Path) -> None:
+    write_users(tmp_path / "a.parquet", pa.array([7]))
+    write_users(tmp_path / "b.parquet", users)
+    plan = data_plan(tmp_path, "parquet")
+    words = rf"^data: column 'user' holds users as {kind}.*; cast it to text or to integers"
+    with pytest.raises(BadData, match=words) as caught:
+        read_table(plan, "data", labels=2, unit_column="user")
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("user", "kind"), [(7.5, "double"), (True, "bool"), ("2026-01-31", "timestamp")]
+)
+def test_what_json_takes_for_no_text_names_no_user(user: object, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    path.write_text(json.dumps({"text": "a", "label": 0, "user": user}) + "\n")
+    with pytest.raises(BadData, match=f"column 'user' holds users as {kind}"):
+        read_table(data_plan(path, "jsonl"), "data", labels=2, unit_column="user")
+
+
+def test_csvs_users_are_text_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    path.write_text("text,label,user\na,0,7\nb,0,7.0\nc,0,07\nd,0,7\n")
+    table = read_table(data_plan(path, "csv"), "data", labels=2, unit_column="user")
+    assert table.users is not None
+    assert table.users.tolist() == [0, 1, 2, 0]
 
 
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:

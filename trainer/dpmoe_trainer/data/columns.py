@@ -101,12 +101,24 @@ def class_labels(column: pa.Array, field: str, name: str, labels: int) -> npt.ND
 
 
 def user_names(column: pa.Array, field: str, name: str) -> pa.Array:
-    """The users that rows belong to, as strings.
+    """The users that rows belong to, as strings; from text or integers alone.
+
+    All else has a spelling for each type (7.0 is the integer 7, and a day its midnight), and the
+    files of a folder may differ in theirs: one user were two units, each with a share of its own.
 
     Raises:
-        BadData: some cell names none.
+        BadData: the column is of another type, or some cell names nobody.
     """
-    strings = as_strings(column)
+    column = _decoded(column)
+    kind = column.type
+    if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        # The fields of a record may come from the rows themselves.
+        found = "lists or records" if pa.types.is_nested(kind) else kind
+        raise BadData(
+            f"{field}: column {name!r} holds users as {found}, which files may spell differently; "
+            f"cast it to text or to integers, alike in all files"
+        )
+    strings = column.cast(TEXT)
     if strings.null_count or pc.any(pc.equal(strings, "")).as_py():
         raise BadData(
             f"{field}: column {name!r} names no user in some row; every row needs one, since the "

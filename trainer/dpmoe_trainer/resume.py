@@ -7,6 +7,7 @@ key lives and dies with the process.
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +37,27 @@ from dpmoe_trainer.secret import destroy_key, open_key
 from dpmoe_trainer.state import State
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What an attempt goes on with.
+
+    Attributes:
+        secret: the run's key.
+        attempt: the attempt's number; 0 without a checkpoint.
+        drawn: steps drawn by all attempts.
+        checkpoint: the name of the newest whole checkpoint, if there is any.
+        step: steps that it has taken.
+        notice: what people should know of it.
+    """
+
+    secret: bytes = field(repr=False)
+    attempt: int = 0
+    drawn: int = 0
+    checkpoint: str | None = None
+    step: int = 0
+    notice: str = ""
 
 
 class Run:
@@ -105,23 +127,23 @@ class Run:
         self._state = state
         size = state.size()
         found = self._at_first(lambda: self._find(size))
-        secret, self._attempt, drawn, name, step, self.notice = found
-        self._key = NoiseKey(secret)
-        if name is not None:
-            path = self._folder / name
+        self._key = NoiseKey(found.secret)
+        self._attempt, self.notice = found.attempt, found.notice
+        if found.checkpoint is not None:
+            path = self._folder / found.checkpoint
             wanted = {tensor: state.shard_of(tensor) for tensor in names(path)}
-            state.restore(read_checkpoint(path, wanted), step)
-        self._kept = step
-        self._board.resume(step, drawn)
+            state.restore(read_checkpoint(path, wanted), found.step)
+        self._kept = found.step
+        self._board.resume(found.step, found.drawn)
         if self.notice and self.ranks.first:
             print(self.notice, file=sys.stderr)
-        return step
+        return found.step
 
-    def _find(self, size: int) -> tuple[bytes, int, int, str | None, int, str]:
-        """Rank 0's part: key, attempt, steps drawn, checkpoint, its step, and what to say."""
+    def _find(self, size: int) -> _Found:
+        """Rank 0's part of it."""
         journal = self._journal
         if journal is None:
-            return NoiseKey().secret, 0, 0, None, 0, ""
+            return _Found(NoiseKey().secret)
         try:
             secret = open_key(journal)
             newest = newest_whole(self._folder, self._digest)
@@ -143,7 +165,7 @@ class Run:
         if problem is not None:
             raise CheckpointFailed(problem) if drawn else BadPlan(problem)
         notice = f"{'; '.join(faults)}: went on from step {step}" if faults else ""
-        return secret, journal.attempt, drawn, path.name if path else None, step, notice
+        return _Found(secret, journal.attempt, drawn, path.name if path else None, step, notice)
 
     def draw(self, step: int) -> None:
         """Has step `step`, from 0, counted as drawn; to be called before its sample is drawn.

@@ -104,8 +104,8 @@ def train(
         require_same_rows(ranks.peers, [*content, units.digest()])
     public_rows = None
     if plan.evaluation is not None:
-        table = _evaluation_table(plan, settings, vocabulary)
-        public_rows = _rows(table, loaded, training.max_tokens)
+        public_table = _evaluation_table(plan, settings, vocabulary)
+        public_rows = _rows(public_table, loaded, training.max_tokens)
 
     noise = privacy.noise_multiplier * privacy.clipping_norm
     updater = Updater(model, training.optimizer, privacy.steps, privacy.expected_batch, noise)

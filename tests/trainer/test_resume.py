@@ -315,6 +315,75 @@ def test_no_whole_checkpoint_is_a_refusal_that_names_the_files(
     assert "apply the job anew" in run.report.message
 
 
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_a_model_that_may_be_seen_is_not_made_again_from_steps_drawn_anew(
+    damage: str,
+    trainer: Trainer,
+    plan: dict[str, Any],
+    volume: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("dpmoe_trainer.journal.Journal.complete", raising(Killed()))
+        with pytest.raises(Killed):
+            trainer.run(plan)
+    seen = model_sums(trainer.output)
+    last = last_rank_file(volume, 6)
+    if damage == "gone":
+        shutil.rmtree(last.parent)
+    else:
+        flip(last)
+    run = trainer.run(plan)
+    assert run.code == ExitCode.BAD_CHECKPOINT
+    assert run.report is not None
+    assert run.report.mechanism.steps == 6
+    assert "had begun to save its model" in run.report.message
+    assert "only of step 4" in run.report.message
+    assert model_sums(trainer.output) == seen
+
+
+def change(path: Path, **row: Any) -> None:
+    first, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([json.dumps(json.loads(first) | row) + "\n", *rest]))
+
+
+@pytest.mark.parametrize("row", [{"label": 1}, {"text": "another"}, {"user": "another"}])
+def test_steps_are_not_drawn_again_from_other_rows(
+    row: dict[str, Any],
+    trainer: Trainer,
+    plan: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    private = tmp_path / "private.jsonl"
+    rows = [json.loads(line) | {"user": f"u{n}"} for n, line in enumerate(private.open())]
+    private.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    plan["blocks"][0]["unit"] = {"kind": "user", "column": "user"}
+    change(private, label=0, user="u1")
+    before = private.read_text()
+    killed(trainer, plan, monkeypatch, 3)
+    change(private, **row)
+    run = trainer.run(plan)
+    assert run.code == ExitCode.BAD_DATA
+    assert run.report is not None
+    assert run.report.outcome is Outcome.REFUSED
+    assert run.report.mechanism.steps == 4
+    assert "the 4 steps of this run were drawn from" in run.report.message
+    private.write_text(before)
+    assert trainer.run(plan).code == ExitCode.COMPLETED
+
+
+def test_tables_may_change_until_a_step_is_drawn(
+    trainer: Trainer, plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("dpmoe_trainer.resume.Run.draw", raising(Killed()))
+        with pytest.raises(Killed):
+            trainer.run(plan)
+    change(tmp_path / "private.jsonl", text="another")
+    assert trainer.run(plan).code == ExitCode.COMPLETED
+
+
 def test_a_lost_key_charges_all(
     trainer: Trainer, plan: dict[str, Any], volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

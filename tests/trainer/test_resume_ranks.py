@@ -114,7 +114,7 @@ class Stage:
             settings = Settings(Path(), Path(), None, None, None)
             journal = self.journal if rank == 0 else None
             run = Run(plan, settings, board, lambda: stop(rank, now), journal, group.ranks(rank))
-            first = run.resume(state)
+            first = run.resume(state, ["rows"])
             for now in range(first, until):
                 between(rank, now)
                 run.draw(now)

@@ -31,6 +31,10 @@ class BadData(Refusal):
     code = ExitCode.BAD_DATA
 
 
+class ChangedData(BadData):
+    """The tables' rows are no longer those that a run's earlier steps were drawn from."""
+
+
 class BadModel(Refusal):
     """The pretrained model is missing, unreadable, or has a part that cannot be clipped."""
 

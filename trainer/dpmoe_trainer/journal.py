@@ -44,6 +44,7 @@ class History:
         attempts: uids of their pods, oldest first, each once.
         drawn: steps drawn, the highest of all attempts.
         key: fingerprint of the run's secret key, once there is one.
+        rows: mark of the rows that the steps are drawn from, likewise.
         saving: whether the trained model began to be written to its target.
         completed: what the report said, once it was there.
     """
@@ -51,6 +52,7 @@ class History:
     attempts: list[str]
     drawn: int = 0
     key: str | None = None
+    rows: str | None = None
     saving: bool = False
     completed: dict[str, Any] | None = None
 
@@ -61,6 +63,8 @@ class History:
                 self.drawn = max(self.drawn, drawn)
             case {"key": str(key)}:
                 self.key = key
+            case {"rows": str(rows)}:
+                self.rows = rows
             case {"saving": True}:
                 self.saving = True
             case {"completed": dict(completed)}:
@@ -97,6 +101,10 @@ class Journal:
     def name_key(self, fingerprint: str) -> None:
         """Journals which secret key the run's steps are drawn with."""
         self._append({"key": fingerprint})
+
+    def name_rows(self, mark: str) -> None:
+        """Journals which rows the run's steps are drawn from, by a mark that tells nothing."""
+        self._append({"rows": mark})
 
     def begin_saving(self) -> None:
         """Journals that from here on a model at the run's target may be its own."""

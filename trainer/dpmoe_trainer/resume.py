@@ -6,7 +6,7 @@ key lives and dies with the process.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,7 @@ from dpmoe_trainer.environment import Settings
 from dpmoe_trainer.errors import (
     BadCheckpoint,
     BadPlan,
+    ChangedData,
     CheckpointFailed,
     PeerLost,
     StopRequested,
@@ -116,17 +117,22 @@ class Run:
         if self.ranks.any_of(self._stopping()):
             raise self._stop()
 
-    def resume(self, state: State) -> int:
+    def resume(self, state: State, rows: Sequence[str]) -> int:
         """Brings the state to the newest checkpoint, and returns the first step to draw.
 
+        Args:
+            state: this rank's.
+            rows: digests of the private rows, as `data.units.digests` gives them.
+
         Raises:
+            ChangedData: earlier steps were drawn from other rows.
             BadPlan: the volume has no room for the run's checkpoints.
             JournalLost: the key is missing that earlier steps were drawn with.
             BadCheckpoint: there are checkpoints, and none is whole or fits.
         """
         self._state = state
         size = state.size()
-        found = self._at_first(lambda: self._find(size))
+        found = self._at_first(lambda: self._find(size, rows))
         self._key = NoiseKey(found.secret)
         self._attempt, self.notice = found.attempt, found.notice
         if found.checkpoint is not None:
@@ -139,15 +145,18 @@ class Run:
             print(self.notice, file=sys.stderr)
         return found.step
 
-    def _find(self, size: int) -> _Found:
+    def _find(self, size: int, rows: Sequence[str]) -> _Found:
         """Rank 0's part of it."""
         journal = self._journal
         if journal is None:
             return _Found(NoiseKey().secret)
         try:
             secret = open_key(journal)
+            _require_same_rows(journal, NoiseKey(secret).derive("rows", *rows).hex())
             newest = newest_whole(self._folder, self._digest)
             path, step, faults = newest or (None, 0, [])
+            if journal.history.saving and step < self._steps:
+                raise _seen_already(self._folder, step, faults)
             journal.check_newest()
             clear(self._folder, keep=path)
         except OSError as error:
@@ -249,6 +258,34 @@ class Run:
         if failed:
             raise PeerLost("rank 0 ended the run; its report says why")
         return value
+
+
+def _require_same_rows(journal: Journal, mark: str) -> None:
+    """Journals the mark of the rows, or holds them to the one that steps were drawn under.
+
+    The mark is a hash under the run's key: whoever reads the journal can test no guess of a row.
+    """
+    drawn = journal.history.drawn
+    if not drawn:
+        journal.name_rows(mark)
+    elif journal.history.rows != mark:
+        raise ChangedData(
+            f"blocks: the blocks' tables do not have the rows any more that the {drawn} steps of "
+            f"this run were drawn from, and a step drawn again from others would be a second "
+            f"release under the same noise; apply the job anew, and leave tables as they are while "
+            f"a job runs"
+        )
+
+
+def _seen_already(folder: Path, step: int, faults: Sequence[str]) -> BadCheckpoint:
+    """The trained model may be at its target: steps drawn again could publish another beside it."""
+    reason = "; ".join(faults) or "it is missing"
+    return BadCheckpoint(
+        f"checkpoint.path: the run had begun to save its model, and {folder} has no whole "
+        f"checkpoint of its last step, only of step {step} ({reason}); a model of steps drawn "
+        f"again could differ under the same noise: keep the one at the output if it is whole, "
+        f"restore the checkpoint, or apply the job anew"
+    )
 
 
 def completed_before(

@@ -20,7 +20,7 @@ from dpmoe_trainer.contract import BlockPlan, DataPlan, Evaluation, TrainingPlan
 from dpmoe_trainer.data.rows import Lower, Rows
 from dpmoe_trainer.data.tables import Table, read_table
 from dpmoe_trainer.data.tokens import TableTokens
-from dpmoe_trainer.data.units import load_units
+from dpmoe_trainer.data.units import digests, load_units
 from dpmoe_trainer.dp.noise import add_noise
 from dpmoe_trainer.dp.sampling import poisson_draw
 from dpmoe_trainer.environment import Settings
@@ -99,9 +99,9 @@ def train(
     table, units = load_units(_blocks(plan, settings), plan.model.labels, vocabulary)
     cache_bytes = memory() // (CACHE_SHARE * plan.parallel.processes)
     private_rows = _rows(table, loaded, training.max_tokens, loaded.lower, cache_bytes)
-    if not ranks.alone:
-        content = [column.digest() for column in table.content.columns]
-        require_same_rows(ranks.peers, [*content, units.digest()])
+    told = plan.checkpoint is not None or not ranks.alone
+    rows = digests(table, units) if told else []
+    require_same_rows(ranks.peers, rows)
     public_rows = None
     if plan.evaluation is not None:
         public_table = _evaluation_table(plan, settings, vocabulary)
@@ -109,7 +109,7 @@ def train(
 
     noise = privacy.noise_multiplier * privacy.clipping_norm
     updater = Updater(model, training.optimizer, privacy.steps, privacy.expected_batch, noise)
-    first = run.resume(State(updater, balancing, here.parts, here.factors))
+    first = run.resume(State(updater, balancing, here.parts, here.factors), rows)
     board.enter("Training")
     for step in range(first, privacy.steps):
         run.draw(step)
@@ -160,13 +160,13 @@ def train(
     return Trained(evaluation, output, run.notice)
 
 
-def require_same_rows(ranks: Peers, digests: list[str]) -> None:
+def require_same_rows(ranks: Peers, rows: list[str]) -> None:
     """Refuses ranks that read different tables: a row that is drawn by two counts twice.
 
     Raises:
-        BadData: a rank's digests are not those of rank 0; on all ranks.
+        BadData: the digests of a rank's rows are not those of rank 0; on all ranks.
     """
-    if ranks.any_of(ranks.from_first(digests) != digests):
+    if ranks.any_of(ranks.from_first(rows) != rows):
         raise BadData(
             "blocks: the ranks read different rows from the blocks' tables, so one row could be "
             "drawn twice; have all pods read one volume, and do not change it while a job runs"

@@ -85,6 +85,13 @@ def load_units(
     return Table(content, np.concatenate(classes) if classes else None), group_rows(tables)
 
 
+def digests(table: Table, units: Units) -> list[str]:
+    """SHA-256 of all that steps are drawn from; reads every row, and is as private as they are."""
+    content = [column.digest() for column in table.content.columns]
+    classes = [] if table.labels is None else [hashlib.sha256(table.labels.data).hexdigest()]
+    return [*content, *classes, units.digest()]
+
+
 def group_rows(tables: Sequence[Table]) -> Units:
     """The units of all blocks: each block's own, in order of their first rows."""
     rows: list[Indices] = []

@@ -255,13 +255,25 @@ def test_a_key_is_made_once_and_read_again(folder: Path) -> None:
     assert open_key(begin(folder, failures=1)) == key
 
 
-@pytest.mark.parametrize("left", [b"", b"half"])
-def test_a_key_that_a_kill_cut_off_is_made_anew_while_nothing_was_drawn(
-    folder: Path, left: bytes
+@pytest.mark.parametrize("left", [b"", b"half", bytes(32)])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_key_that_is_not_as_it_was_made_is_made_anew_while_nothing_was_drawn(
+    folder: Path, left: bytes, named: bool
 ) -> None:
-    begin(folder)
+    first = begin(folder)
+    lost = open_key(first) if named else b""
     (folder / KEY_FILE).write_bytes(left)
-    assert len(open_key(begin(folder, failures=1))) == 32
+    second = begin(folder, failures=1)
+    key = open_key(second)
+    assert len(key) == 32
+    assert key not in (left, lost)
+    second.draw(1)
+    assert open_key(begin(folder, failures=2)) == key
+
+
+def test_a_key_that_is_whole_stays_while_nothing_was_drawn(folder: Path) -> None:
+    key = open_key(begin(folder))
+    assert open_key(begin(folder, failures=1)) == key
 
 
 @pytest.mark.parametrize("left", [None, b"", b"k" * 32])

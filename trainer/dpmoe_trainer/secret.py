@@ -29,8 +29,8 @@ def open_key(journal: Journal) -> bytes:
     named = journal.history.key
     if journal.history.drawn == 0:
         secret = _read(path)
-        # A kill may have cut it off.
-        if len(secret) != KEY_BYTES:
+        # A kill may have cut it off, and a loss of power may leave zeros of its length.
+        if _fingerprint(secret) != named:
             journal.check_newest()
             path.unlink(missing_ok=True)
             secret = _create(path)

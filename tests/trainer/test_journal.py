@@ -1,5 +1,6 @@
 """The journal alone: what it remembers, what it refuses, and who may go on writing."""
 
+import errno
 import json
 import os
 import threading
@@ -148,6 +149,30 @@ def test_the_older_of_two_live_attempts_stops_and_its_last_line_counts(folder: P
             act()
     newer.draw(2)
     assert json.loads((folder / "attempt-0002.journal").read_text().split("\n")[1]) == {"drawn": 2}
+
+
+def test_a_folder_that_vanished_shows_no_newer_attempt_and_none_is_drawn(
+    folder: Path, tmp_path: Path
+) -> None:
+    older = begin(folder, "a")
+    older.draw(1)
+    folder.rename(tmp_path / "elsewhere")
+    for act in (lambda: older.draw(2), older.begin_saving, lambda: older.complete({})):
+        with pytest.raises(CheckpointFailed, match=r"cannot be read \(No such file or directory\)"):
+            act()
+
+
+def test_a_folder_that_cannot_be_asked_shows_no_newer_attempt_either(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = begin(folder, "a")
+
+    def fail(path: object, **options: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(CheckpointFailed, match="Stale file handle"):
+        older.draw(1)
 
 
 def test_attempts_that_begin_at_once_have_numbers_of_their_own(folder: Path) -> None:

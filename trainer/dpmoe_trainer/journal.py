@@ -127,7 +127,9 @@ class Journal:
         """
         try:
             # Numbers have no gaps, so one name tells, and no stale listing can hide it.
-            overtaken = (self.folder / _name(self.attempt + 1)).exists()
+            overtaken = is_there(self.folder / _name(self.attempt + 1))
+            # Of a folder that is gone, no name tells anything.
+            os.stat(self.folder / _name(self.attempt))
         except OSError as error:
             raise CheckpointFailed(
                 f"{_FIELD}: {self.folder} cannot be read ({error.strerror}); check the volume, and "
@@ -283,6 +285,19 @@ def _write(file: int, record: dict[str, Any]) -> None:
     while line:
         line = line[os.write(file, line) :]
     os.fsync(file)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a name is taken; `Path.exists` also says no where nobody can know.
+
+    Raises:
+        OSError: it cannot be told.
+    """
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -138,6 +138,54 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         begin(tmp_path / "file" / "run")
 
 
+def broken(error: OSError) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_listing_that_fails_does_not_say_that_nobody_was_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(folder).draw(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", broken(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(CheckpointFailed, match=r"Input/output error.* can go on"):
+            begin(folder)
+    assert begin(folder).history.drawn == 1
+
+
+@pytest.mark.parametrize(("failures", "kind"), [(0, BadPlan), (1, CheckpointFailed)])
+def test_a_folder_of_other_users_was_nobodys_unless_pods_were_here(
+    failures: int, kind: type[Exception], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(folder)
+    monkeypatch.setattr(os, "listdir", broken(PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(kind, match="Permission denied"):
+        begin(folder, failures=failures)
+
+
+def test_an_attempt_that_cannot_read_the_others_anew_draws_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Path] = []
+    read = Path.read_bytes
+
+    def once(path: Path) -> bytes:
+        reads.append(path)
+        if len(reads) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    begin(folder).draw(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", once)
+        with pytest.raises(CheckpointFailed, match="Input/output error"):
+            begin(folder)
+    assert begin(folder).attempt == 3
+
+
 def test_the_older_of_two_live_attempts_stops_and_its_last_line_counts(folder: Path) -> None:
     older = begin(folder, "a")
     older.draw(1)

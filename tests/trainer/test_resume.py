@@ -408,6 +408,21 @@ def test_a_lost_journal_is_refused_before_anything_is_loaded(
     assert "2 pods of this run failed before" in run.report.message
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_journal_that_cannot_be_read_charges_all_until_it_can(
+    error: Exception, trainer: Trainer, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(trainer, plan, monkeypatch, 3)
+    for place in ("os.listdir", "read_history"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dpmoe_trainer.journal.{place}", raising(error))
+            run = trainer.run(plan)
+        assert run.code == ExitCode.CRASHED
+        assert run.report is not None
+        assert (run.report.outcome, run.report.mechanism.steps) == (Outcome.FAILED, 6)
+    assert trainer.run(plan).code == ExitCode.COMPLETED
+
+
 @pytest.mark.parametrize(
     ("part", "change"), [("job", {"uid": "u-2"}), ("training", {"precision": "bfloat16"})]
 )

@@ -129,11 +129,11 @@ def run(plan: TrainingPlan, settings: Settings, stop: StopFlag) -> ExitCode:
             outcome, code, message = Outcome.STOPPED, ExitCode.STOPPED, str(error)
         except Failure as error:
             outcome, code, message = Outcome.FAILED, error.code, str(error)
-            if plan.checkpoint is not None and journal is None:
-                board.drawn = privacy.steps  # by earlier attempts, as far as can be told
         except Exception as error:
             print_frames(error)
             outcome, code, message = Outcome.FAILED, ExitCode.CRASHED, describe(error)
+        if plan.checkpoint is not None and journal is None and outcome is Outcome.FAILED:
+            board.drawn = privacy.steps  # by earlier attempts, as far as can be told
         if not _reports(settings):
             return _end(code, f"rank {settings.rank}: {outcome}: {message}" if code else "")
         if journal is not None:

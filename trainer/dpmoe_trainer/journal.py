@@ -31,6 +31,9 @@ MOST_ATTEMPTS = 64
 RESERVE_BYTES = 2**16
 """Room for the first lines of attempts that find the volume full: a block for each."""
 
+_BARRED = (PermissionError, FileExistsError, NotADirectoryError)
+"""Of a folder that no trainer can have used, unless one is known that did."""
+
 _RESERVE = "reserve"
 _VERSION = 1
 _FIELD = "checkpoint.path"
@@ -149,7 +152,7 @@ class Journal:
         try:
             _write(self._file, record)
         except OSError as error:
-            raise _unwritable(self.folder, error) from error
+            raise _unusable(self.folder, error) from error
         self.history.take(record)
 
 
@@ -164,15 +167,15 @@ def open_journal(folder: Path, run_digest: str, pod_uid: str, failures: int) -> 
 
     Raises:
         BadPlan: the folder cannot be written, and no attempt has.
-        CheckpointFailed: it cannot be written any more; this attempt may draw nothing.
+        CheckpointFailed: it cannot be used any more, or nobody can tell; nothing may be drawn.
         JournalLost: the journal is missing where there must be one, or malformed.
         BadCheckpoint: it is another run's, or has more attempts than a report can name.
     """
-    earlier = 0
+    known: int | None = None  # attempts, as long as no listing fails
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = _attempts(folder)
-        if not earlier:
+        known = _attempts(folder)
+        if not known:
             _require_first(folder, failures)
         history = read_history(folder, run_digest)
         if pod_uid not in history.attempts and len(history.attempts) >= MOST_ATTEMPTS:
@@ -180,17 +183,19 @@ def open_journal(folder: Path, run_digest: str, pod_uid: str, failures: int) -> 
                 f"{_FIELD}: {folder} tells of {len(history.attempts)} attempts of this run, as "
                 f"many as a report can name; find out why they failed before another is started"
             )
-        attempt, file = _begin(folder, run_digest, pod_uid)
+        known, file = _begin(folder, run_digest, pod_uid)
+        # Read anew: what an older attempt wrote before it could see this one counts.
+        history = read_history(folder, run_digest)
     except OSError as error:
-        if earlier:
-            raise _unwritable(folder, error) from error
-        raise BadPlan(
-            f"{_FIELD}: {str(folder)!r} cannot be written ({error.strerror}); name a folder that "
-            f"the trainer's user may write to"
-        ) from error
-    # Read anew: what an older attempt wrote before it could see this one counts.
-    journal = Journal(folder, attempt, file, read_history(folder, run_digest))
-    if journal.history.completed is None:
+        barred = not failures and isinstance(error, _BARRED)
+        if known == 0 or (known is None and barred):
+            raise BadPlan(
+                f"{_FIELD}: {str(folder)!r} cannot be written ({error.strerror}); name a folder "
+                f"that the trainer's user may write to"
+            ) from error
+        raise _unusable(folder, error) from error
+    journal = Journal(folder, known, file, history)
+    if history.completed is None:
         _reserve(folder)
     return journal
 
@@ -272,10 +277,10 @@ def _reserve(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _unwritable(folder: Path, error: OSError) -> CheckpointFailed:
+def _unusable(folder: Path, error: OSError) -> CheckpointFailed:
     return CheckpointFailed(
-        f"{_FIELD}: the journal in {folder} cannot be written ({error.strerror}); make room there, "
-        f"and the run can go on from its last checkpoint"
+        f"{_FIELD}: the journal in {folder} cannot be written or read ({error.strerror}); check "
+        f"the volume, or make room there, and the run can go on from its last checkpoint"
     )
 
 

@@ -27,7 +27,7 @@ from dpmoe_trainer.contract import (
 )
 from dpmoe_trainer.environment import Settings, read_settings
 from dpmoe_trainer.errors import BadPlan, Failure, JournalLost, Refusal, StopRequested
-from dpmoe_trainer.journal import Journal, is_complete, open_journal, read_history
+from dpmoe_trainer.journal import Journal, open_journal, past_of, read_history
 from dpmoe_trainer.progress import ProgressBoard, ProgressServer
 from dpmoe_trainer.quiet import keep_offline, print_frames, silence_libraries
 from dpmoe_trainer.report import build_report, describe, encode_report
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
         # No plan, no report: whose would it be, and of what? Kubernetes shows the plain text.
         if settings.output is None and _reports(settings):
             _deliver(settings.report, str(error).encode()[:TERMINATION_MESSAGE_BYTES])
-        return _end(error.code, str(error))
+        return _end(ExitCode.CRASHED if settings.failures else error.code, str(error))
     started_as_one = settings.worker is not None or plan.parallel.world == 1
     if started_as_one or _world_problem(plan, settings) is not None:
         return run(plan, settings, stop)
@@ -107,10 +107,9 @@ def run(plan: TrainingPlan, settings: Settings, stop: StopFlag) -> ExitCode:
     output: str | None = None
     with ExitStack() as closing:
         try:
-            journal = _begin(plan, settings)
+            journal, board.drawn = _begin(plan, settings)
             if journal is not None:
                 closing.callback(journal.close)
-                board.drawn = journal.history.drawn
             keep_offline(plan)
             # Of a run that goes on, ε is asked for at once. Its accountant is imported by then: a
             # second thread's import would meet half of what this one imports next.
@@ -125,6 +124,10 @@ def run(plan: TrainingPlan, settings: Settings, stop: StopFlag) -> ExitCode:
             outcome, code, message = Outcome.REFUSED, error.code, str(error)
             if _past_is_unknown(plan, settings, journal, error):
                 board.drawn = privacy.steps
+            begun = plan.checkpoint is not None and (board.drawn > 0 or settings.failures > 0)
+            if begun and error.may_pass:
+                # Earlier attempts came further; to refuse for good would lose what they spent.
+                outcome, code = Outcome.FAILED, ExitCode.CRASHED
         except StopRequested as error:
             outcome, code, message = Outcome.STOPPED, ExitCode.STOPPED, str(error)
         except Failure as error:
@@ -178,20 +181,26 @@ def supervise(
     return _end(code, why)
 
 
-def _begin(plan: TrainingPlan, settings: Settings) -> Journal | None:
-    """Journals this attempt before anything else happens, where the plan has a checkpoint."""
+def _begin(plan: TrainingPlan, settings: Settings) -> tuple[Journal | None, int]:
+    """Journals this attempt before anything else happens, where the plan has a checkpoint.
+
+    Returns:
+        Rank 0's journal, and the steps that earlier attempts drew.
+    """
     problem = _world_problem(plan, settings)
     if problem is not None:
         raise BadPlan(problem)
     if plan.checkpoint is None:
-        return None
+        return None, 0
     folder = settings.resolve(plan.checkpoint.path, "checkpoint.path")
     if settings.rank != 0:
-        if is_complete(folder, plan.run_digest()):
+        past = past_of(folder, plan.run_digest())
+        if past.completed is not None:
             raise CompletedBefore
-        return None
+        return None, past.drawn
     uid = settings.pod_uid or str(uuid4())
-    return open_journal(folder, plan.run_digest(), uid, settings.failures)
+    journal = open_journal(folder, plan.run_digest(), uid, settings.failures)
+    return journal, journal.history.drawn
 
 
 def _train(

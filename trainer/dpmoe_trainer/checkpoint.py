@@ -142,27 +142,44 @@ def names(path: Path) -> list[str]:
     return sorted(_pieces(path))
 
 
-def newest_whole(folder: Path, run_digest: str) -> tuple[Path, int, list[str]] | None:
+def newest_whole(
+    folder: Path, run_digest: str, only: int | None = None
+) -> tuple[Path, int, list[str]] | None:
     """The newest checkpoint that is whole, its step, and what is wrong with those after it.
 
+    Args:
+        folder: the checkpoint folder.
+        run_digest: the run's name.
+        only: after how many steps alone it may be, where the model may have been seen.
+
     Returns:
-        None if there is no checkpoint at all.
+        None if there is no checkpoint at all, and any would have done.
 
     Raises:
-        BadCheckpoint: there are some, and none is whole, or they are another run's.
+        BadCheckpoint: none is whole, or they are another run's.
+        CheckpointFailed: none could be read now.
     """
     faults: list[str] = []
-    for path in reversed(_checkpoints(folder)):
+    unread = False
+    for path in reversed(_checkpoints(folder)) if only is None else [folder / _name(only)]:
         try:
             return path, _verify(path, run_digest), faults
         except (OSError, ValueError, KeyError, TypeError) as error:
             faults.append(_fault(path, error))
-    if faults:
-        raise BadCheckpoint(
-            f"{_FIELD}: no checkpoint is whole: {'; '.join(faults)}; restore the file, or apply "
-            f"the job anew"
+            unread |= isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    if not faults:
+        return None
+    which = "no checkpoint"
+    if only is not None:
+        which += f" of step {only}, after which the run began to save its model,"
+    if unread:
+        raise CheckpointFailed(
+            f"{_FIELD}: {which} can be read: {'; '.join(faults)}; check the volume, and the run "
+            f"can go on"
         )
-    return None
+    raise BadCheckpoint(
+        f"{_FIELD}: {which} is whole: {'; '.join(faults)}; restore the file, or apply the job anew"
+    )
 
 
 def clear(folder: Path, keep: Path | None = None) -> None:

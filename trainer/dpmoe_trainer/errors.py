@@ -10,13 +10,18 @@ from dpmoe_trainer.contract import ExitCode
 
 
 class Refusal(Exception):
-    """Base of all refusals; nothing was trained, and usually no data was touched."""
+    """Base of all refusals: this attempt drew no step, and usually touched no data."""
 
     code: ClassVar[ExitCode] = ExitCode.BAD_PLAN
+
+    may_pass: ClassVar[bool] = False
+    """Whether a fault of the machine, volume or network looks the same; another try may tell."""
 
 
 class BadPlan(Refusal):
     """The plan, the command line or the environment asks for what this trainer cannot do."""
+
+    may_pass = True
 
 
 class UncoveredMechanism(Refusal):
@@ -29,16 +34,20 @@ class BadData(Refusal):
     """A table is missing, unreadable, or not what the plan says about it."""
 
     code = ExitCode.BAD_DATA
+    may_pass = True
 
 
 class ChangedData(BadData):
     """The tables' rows are no longer those that a run's earlier steps were drawn from."""
+
+    may_pass = False
 
 
 class BadModel(Refusal):
     """The pretrained model is missing, unreadable, or has a part that cannot be clipped."""
 
     code = ExitCode.BAD_MODEL
+    may_pass = True
 
 
 class JournalLost(Refusal):

@@ -200,14 +200,14 @@ def open_journal(folder: Path, run_digest: str, pod_uid: str, failures: int) -> 
     return journal
 
 
-def is_complete(folder: Path, run_digest: str) -> bool:
-    """Whether a run is over by its journal; for ranks that do not write it.
+def past_of(folder: Path, run_digest: str) -> History:
+    """What was journalled so far; for ranks that do not write it, and may come before the first.
 
     Raises:
         JournalLost: the journal is malformed.
         BadCheckpoint: it is another run's.
     """
-    return folder.is_dir() and read_history(folder, run_digest).completed is not None
+    return read_history(folder, run_digest) if folder.is_dir() else History([])
 
 
 def _require_first(folder: Path, failures: int) -> None:

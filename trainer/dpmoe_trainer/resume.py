@@ -153,10 +153,10 @@ class Run:
         try:
             secret = open_key(journal)
             _require_same_rows(journal, NoiseKey(secret).derive("rows", *rows).hex())
-            newest = newest_whole(self._folder, self._digest)
+            # The model may be seen: of a step drawn again, there would be two results.
+            only = self._steps if journal.history.saving else None
+            newest = newest_whole(self._folder, self._digest, only)
             path, step, faults = newest or (None, 0, [])
-            if journal.history.saving and step < self._steps:
-                raise _seen_already(self._folder, step, faults)
             journal.check_newest()
             clear(self._folder, keep=path)
         except OSError as error:
@@ -275,17 +275,6 @@ def _require_same_rows(journal: Journal, mark: str) -> None:
             f"release under the same noise; apply the job anew, and leave tables as they are while "
             f"a job runs"
         )
-
-
-def _seen_already(folder: Path, step: int, faults: Sequence[str]) -> BadCheckpoint:
-    """The trained model may be at its target: steps drawn again could publish another beside it."""
-    reason = "; ".join(faults) or "it is missing"
-    return BadCheckpoint(
-        f"checkpoint.path: the run had begun to save its model, and {folder} has no whole "
-        f"checkpoint of its last step, only of step {step} ({reason}); a model of steps drawn "
-        f"again could differ under the same noise: keep the one at the output if it is whole, "
-        f"restore the checkpoint, or apply the job anew"
-    )
 
 
 def completed_before(

@@ -1,5 +1,7 @@
 """Where a model goes: whole or not at all, to folders and to object stores."""
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +43,48 @@ def test_a_folder_gets_all_files(tmp_path: Path) -> None:
     found = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
     assert found == FILES
     assert {(folder / name).stat().st_mode & 0o777 for name in FILES} == {0o644}
+
+
+def test_a_saved_model_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file before it gets its name, then the names: of the model, and of its folders."""
+    done: list[str] = []
+    replace = os.replace
+
+    def sync(file: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+
+    def move(source: Path, target: Path) -> None:
+        done.append(f"move {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", move)
+    target = open_target(OutputPlan(path="/models/mine"), settings(root=tmp_path))
+    assert target is not None
+    assert sorted(done) == sorted([f"sync {tmp_path.name}", "sync models"])
+    done.clear()
+    target.save(write, 100)
+    files = ["model.safetensors", "chat.jinja", "config.json"]
+    assert done[:-2] == [f"{act} {name}" for name in files for act in ("sync", "move")]
+    assert sorted(done[-2:]) == ["sync mine", "sync templates"]
+
+
+@pytest.mark.parametrize(("code", "fine"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_volume_that_cannot_sync_a_folder_is_not_one_that_fails_to(
+    code: int, fine: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = open_target(None, settings(output=tmp_path))
+    assert target is not None
+
+    def fail(folder: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("dpmoe_trainer.output.sync_folder", fail)
+    if fine:
+        target.save(write, 100)
+    else:
+        with pytest.raises(SavingFailed, match="Input/output error"):
+            target.save(write, 100)
 
 
 def test_a_store_gets_all_files_and_the_configuration_last(

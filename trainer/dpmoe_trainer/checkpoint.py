@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpmoe_trainer.errors import BadCheckpoint, CheckpointFailed, PeerLost
-from dpmoe_trainer.journal import sync_folder
+from dpmoe_trainer.journal import sync_file, sync_folder
 
 KEPT = 2
 """Checkpoints that stay: the newest, and one more in case it is damaged."""
@@ -250,7 +250,7 @@ def _agree(ranks: Peers, problem: CheckpointFailed | None) -> None:
 def _write_rank(staging: Path, tensors: Tensors, shards: Shards, rank: int) -> None:
     file = staging / f"rank-{rank:05d}.safetensors"
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
-    _sync(file)
+    sync_file(file)
     listed = {
         name: [shards[name].first, shards[name].count, shards[name].of] if name in shards else None
         for name in tensors
@@ -278,15 +278,7 @@ def _prune(folder: Path) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, separators=(",", ":")))
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(path)
 
 
 def _sum(path: Path) -> str:

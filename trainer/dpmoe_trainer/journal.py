@@ -307,7 +307,16 @@ def is_there(path: Path) -> bool:
 
 def sync_folder(folder: Path) -> None:
     """Brings a folder's names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(folder, os.O_DIRECTORY)
+
+
+def sync_file(file: Path) -> None:
+    """Brings a file's content to the disk."""
+    _sync(file)
+
+
+def _sync(path: Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
     finally:

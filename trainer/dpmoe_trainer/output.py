@@ -2,14 +2,16 @@
 
 The model is written to a staging folder and then moved file by file, `config.json` last. A folder
 without that file does not load, on a volume as in an object store, so a run that is killed while
-it saves leaves nothing that looks like a model. Whether a target can be written is tried before
+it saves leaves nothing that looks like a model. What `save` returned for outlives a loss of power:
+the run's key and checkpoints are destroyed then. Whether a target can be written is tried before
 any data is touched: a run that cannot keep its model should cost no privacy.
 """
 
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +21,7 @@ import fsspec
 from dpmoe_trainer.contract import OutputPlan
 from dpmoe_trainer.environment import Settings
 from dpmoe_trainer.errors import BadPlan, SavingFailed
+from dpmoe_trainer.journal import sync_file, sync_folder
 
 LAST_FILE = "config.json"
 """The file that `transformers` looks for first; it arrives last."""
@@ -48,7 +51,7 @@ class Target(Protocol):
         """Refuses a place with too little room for a model of `size` bytes, where one can ask."""
 
     def save(self, write: Callable[[Path], None], size: int) -> None:
-        """Lets `write` fill a staging folder, and moves its files to the place."""
+        """Lets `write` fill a staging folder, and moves its files to the place, to stay there."""
 
 
 def open_target(plan: OutputPlan | None, settings: Settings, again: bool = False) -> Target | None:
@@ -87,7 +90,7 @@ class FolderTarget:
     def check(self, again: bool = False) -> None:
         """See `Target`."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            _make(self.folder)
             for abandoned in self.folder.glob(f"{_STAGING}*") if again else ():
                 shutil.rmtree(abandoned, ignore_errors=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -121,11 +124,14 @@ class FolderTarget:
         try:
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=_STAGING) as staging:
                 write(Path(staging))
-                for name in _files(Path(staging)):
+                names = _files(Path(staging))
+                for name in names:
                     (self.folder / name).parent.mkdir(exist_ok=True)
                     # Some writers make files for their owner's eyes only; this one is released.
                     os.chmod(staging / name, 0o644)
+                    sync_file(staging / name)
                     os.replace(staging / name, self.folder / name)
+            _sync_names({self.folder, *((self.folder / name).parent for name in names)})
         except Exception as error:
             free = shutil.disk_usage(self.folder).free
             raise SavingFailed(
@@ -197,6 +203,23 @@ class UriTarget:
                 f"({_reason(error)}); check the bucket and run the job again, which pays its "
                 f"privacy again unless it goes on from a checkpoint"
             ) from error
+
+
+def _make(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, to stay."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    _sync_names({each.parent for each in new})
+
+
+def _sync_names(folders: Iterable[Path]) -> None:
+    """Brings the names in folders to the disk, where the volume knows how."""
+    for folder in folders:
+        try:
+            sync_folder(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as SMB shares say
+                raise
 
 
 def _files(folder: Path) -> list[Path]:

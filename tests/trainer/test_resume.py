@@ -420,6 +420,7 @@ FAULTS = {
     "the device is full": ("prepare._read", RuntimeError("CUDA out of memory")),
     "the hub is away": ("prepare.resolve", ConnectionError("unreachable")),
     "the output is away": ("output.tempfile.TemporaryFile", OSError(5, "Input/output error")),
+    "the output is full": ("output.FolderTarget.check_room", BadPlan("full")),
     "a table is away": ("data.sources._open", OSError(116, "Stale file handle")),
     "a checkpoint is away": ("checkpoint._sum", OSError(5, "Input/output error")),
 }

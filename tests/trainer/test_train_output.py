@@ -87,6 +87,53 @@ def test_a_volume_that_cannot_sync_a_folder_is_not_one_that_fails_to(
             target.save(write, 100)
 
 
+def test_a_model_that_is_saved_again_needs_no_room_beside_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A volume of room for one model: what lies there is the run's own, and gives way."""
+    size, room = 1000, 1500
+
+    def usage(folder: Path) -> object:
+        used = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+        return type("Usage", (), {"free": room - used})
+
+    def save(folder: Path) -> None:
+        assert usage(folder).free >= size  # type: ignore[attr-defined]
+        (folder / "model.safetensors").write_bytes(bytes(size))
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr("dpmoe_trainer.output.shutil.disk_usage", usage)
+    monkeypatch.setattr("dpmoe_trainer.output.SPARE_BYTES", 100)
+    (tmp_path / "others.safetensors").write_bytes(b"others")
+    for again in (False, True, True):
+        target = open_target(None, settings(output=tmp_path), again)
+        assert target is not None
+        target.check_room(size)
+        target.save(save, size)
+    assert (tmp_path / "others.safetensors").exists()
+    assert (tmp_path / "model.safetensors").stat().st_size == size
+    (tmp_path / "config.json").unlink()
+    target = open_target(None, settings(output=tmp_path))
+    assert target is not None
+    with pytest.raises(BadPlan, match="make room"):
+        target.check_room(size)
+
+
+def test_a_model_that_is_saved_again_stays_until_it_is_replaced_where_there_is_room(
+    tmp_path: Path,
+) -> None:
+    target = open_target(None, settings(output=tmp_path), again=True)
+    assert target is not None
+    target.save(write, 100)
+
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(SavingFailed):
+        target.save(fail, 100)
+    assert target.holds_model()
+
+
 def test_a_store_gets_all_files_and_the_configuration_last(
     memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,11 +38,8 @@ class Target(Protocol):
     name: str
     """The place as the report names it."""
 
-    def check(self, again: bool = False) -> None:
-        """Tries to write there, and refuses a place that already holds a model.
-
-        `again` tells that this run had begun to save: a model there is its own, to be written over.
-        """
+    def check(self) -> None:
+        """Tries to write there, and refuses a place that already holds another's model."""
 
     def holds_model(self) -> bool:
         """Whether a whole model is there."""
@@ -57,41 +54,47 @@ class Target(Protocol):
 def open_target(plan: OutputPlan | None, settings: Settings, again: bool = False) -> Target | None:
     """The run's target, checked (see `Target.check`).
 
+    Args:
+        plan: the plan's output.
+        settings: may name a folder in its place.
+        again: this run had begun to save: a model there is its own, to be written over.
+
     Raises:
         BadPlan: the target cannot be written, or already holds a model.
     """
-    target = target_of(plan, settings)
+    target = target_of(plan, settings, again)
     if target is not None:
-        target.check(again)
+        target.check()
     return target
 
 
-def target_of(plan: OutputPlan | None, settings: Settings) -> Target | None:
+def target_of(plan: OutputPlan | None, settings: Settings, again: bool = False) -> Target | None:
     """The command line's folder, else the plan's output, else none."""
     if settings.output is not None:
-        return FolderTarget(settings.output, str(settings.output), "--output")
+        return FolderTarget(settings.output, str(settings.output), "--output", again)
     if plan is None:
         return None
     if plan.path is not None:
         folder = settings.resolve(plan.path, "output.path")
-        return FolderTarget(folder, plan.path, "output.path")
+        return FolderTarget(folder, plan.path, "output.path", again)
     assert plan.uri is not None, "the contract sets exactly one of path and uri"
-    return UriTarget(plan.uri)
+    return UriTarget(plan.uri, again)
 
 
 class FolderTarget:
     """A folder, on a mounted volume or a workstation."""
 
-    def __init__(self, folder: Path, name: str, field: str) -> None:
+    def __init__(self, folder: Path, name: str, field: str, again: bool = False) -> None:
         self.folder = folder
         self.name = name
         self._field = field
+        self._again = again
 
-    def check(self, again: bool = False) -> None:
+    def check(self) -> None:
         """See `Target`."""
         try:
             _make(self.folder)
-            for abandoned in self.folder.glob(f"{_STAGING}*") if again else ():
+            for abandoned in self.folder.glob(f"{_STAGING}*") if self._again else ():
                 shutil.rmtree(abandoned, ignore_errors=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
@@ -100,7 +103,7 @@ class FolderTarget:
                 f"{self._field}: {self.name!r} cannot be written ({error.strerror}); name a "
                 f"folder that the trainer's user may write to"
             ) from error
-        if not again and self.holds_model():
+        if not self._again and self.holds_model():
             raise BadPlan(
                 f"{self._field}: {self.name!r} already holds a model; name another folder, or "
                 f"move that model away"
@@ -112,7 +115,7 @@ class FolderTarget:
 
     def check_room(self, size: int) -> None:
         """See `Target`."""
-        free = shutil.disk_usage(self.folder).free
+        free = self._free() + sum(file.stat().st_size for file in self._own())
         if free < size + SPARE_BYTES:
             raise BadPlan(
                 f"{self._field}: {self.name!r} has {_megabytes(free)} free and the model needs "
@@ -122,6 +125,9 @@ class FolderTarget:
     def save(self, write: Callable[[Path], None], size: int) -> None:
         """See `Target`; staging lies inside the folder, so that each move is a rename."""
         try:
+            if self._free() < size + SPARE_BYTES:
+                for file in self._own():
+                    file.unlink()
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=_STAGING) as staging:
                 write(Path(staging))
                 names = _files(Path(staging))
@@ -133,7 +139,7 @@ class FolderTarget:
                     os.replace(staging / name, self.folder / name)
             _sync_names({self.folder, *((self.folder / name).parent for name in names)})
         except Exception as error:
-            free = shutil.disk_usage(self.folder).free
+            free = self._free()
             raise SavingFailed(
                 f"{self._field}: the model could not be saved to {self.name!r} "
                 f"({_reason(error)}); it needs {_megabytes(size)} and {_megabytes(free)} are free "
@@ -141,15 +147,26 @@ class FolderTarget:
                 f"goes on from a checkpoint"
             ) from error
 
+    def _free(self) -> int:
+        return shutil.disk_usage(self.folder).free
+
+    def _own(self) -> list[Path]:
+        """What this run saved before and may take back: `LAST_FILE`, and what takes the room."""
+        if not self._again:
+            return []
+        last = self.folder / LAST_FILE
+        return [*([last] if last.exists() else []), *self.folder.glob("model*.safetensors")]
+
 
 class UriTarget:
     """A prefix of an object store, through the `fsspec` driver of its scheme."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, again: bool = False) -> None:
         self.name = uri
+        self._again = again
         self._prefix = uri.rstrip("/")
 
-    def check(self, again: bool = False) -> None:
+    def check(self) -> None:
         """See `Target`."""
         scheme, separator, rest = self.name.partition("://")
         if not separator or not rest or "::" in self.name or scheme in ("file", "local"):
@@ -172,7 +189,7 @@ class UriTarget:
             store.pipe_file(probe, b"")
             with suppress(Exception):  # a store that forbids deletion may keep the empty file
                 store.rm_file(probe)
-            taken = not again and self.holds_model()
+            taken = not self._again and self.holds_model()
         except Exception as error:
             raise BadPlan(
                 f"output.uri: {self.name!r} cannot be written ({_reason(error)}); check the "

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.trainer.processes import free_port
 from tests.trainer.runs import PlanMaker, Trainer, plan_of
 
 from dpmoe_trainer import supervise
@@ -119,6 +120,7 @@ def stop(*_):
     note("term")
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 note(str(os.getpid()))
 beat()
 """
@@ -217,6 +219,40 @@ def test_a_request_to_stop_reaches_all_ranks(ranks: Ranks) -> None:
     assert ranks.run("go_on()") == (ExitCode.STOPPED, "")
     thread.join()
     assert [ranks.notes(rank)[1:] for rank in range(3)] == [["term"]] * 3
+
+
+STARTS = """
+import sys, time
+time.sleep(0.5)  # its imports
+from dpmoe_trainer.__main__ import StopFlag
+sys.exit(143 if StopFlag().raised else 0)
+"""
+
+
+def test_a_request_to_stop_waits_until_a_rank_can_answer_it() -> None:
+    """One that is killed while it starts could not report that it drew nothing."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    program = (sys.executable, "-c", STARTS)
+    supervisor = Supervisor(ParallelPlan(processes=2), None, [], program)
+    assert supervisor.run(lambda: True) == (ExitCode.STOPPED, "")
+    assert not supervisor.rank_0_was_killed()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_a_rank_that_waits_for_others_stops_when_asked(
+    trainer: Trainer, make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (place | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("dpmoe_trainer.parallel.ranks.STARTUP_SECONDS", 20)
+    asking = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    asking.start()
+    run = trainer.run(make_plan(parallel={"processes": 2, "timeoutSeconds": 20}))
+    asking.join()
+    assert run.code == ExitCode.STOPPED, run.stderr
+    assert run.report is not None
+    assert run.report.mechanism.steps == 0
 
 
 def test_a_rank_without_its_supervisor_ends() -> None:

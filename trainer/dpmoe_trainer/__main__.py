@@ -31,19 +31,20 @@ from dpmoe_trainer.journal import Journal, open_journal, past_of, read_history
 from dpmoe_trainer.progress import ProgressBoard, ProgressServer
 from dpmoe_trainer.quiet import keep_offline, print_frames, silence_libraries
 from dpmoe_trainer.report import build_report, describe, encode_report
-from dpmoe_trainer.supervise import Supervisor, heartbeat, world_problem
+from dpmoe_trainer.supervise import STOP_SIGNALS, Supervisor, heartbeat, world_problem
 
 FAULTS_SHOWN = 5
 """Of a plan with more faults than that, the first few are enough to start with."""
 
 
 class StopFlag:
-    """Set by SIGTERM and SIGINT; the loop looks at it between two steps."""
+    """Set by SIGTERM and SIGINT, also if they came before; the loop looks at it between steps."""
 
     def __init__(self) -> None:
         self.raised = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._raise)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.raised = True

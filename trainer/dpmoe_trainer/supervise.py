@@ -31,6 +31,9 @@ GRACE_SECONDS = 10.0
 STARTUP_SECONDS = 300.0
 """What a rank has until its first sign of progress, if the plan allows less: imports take long."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What asks a process to stop; a rank is started with them held back until it can answer."""
+
 _LOOK_SECONDS = 0.2
 
 
@@ -215,12 +218,15 @@ class Supervisor:
         threads = max(1, processors() // self._parallel.processes)
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
         environment |= {name: str(value) for name, value in own.items()}
+        # What is held back here is held back there too, and waits there for `StopFlag`.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             process = subprocess.Popen(self._command, env=environment, pass_fds=(writing,))
         except OSError:
             os.close(reading)
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
             os.close(writing)
         child = _Child(rank, process, reading, time.monotonic())
         self._pipes.register(reading, selectors.EVENT_READ, child)

@@ -24,7 +24,7 @@ from dpmoe_trainer.data.units import digests, load_units
 from dpmoe_trainer.dp.noise import add_noise
 from dpmoe_trainer.dp.sampling import poisson_draw
 from dpmoe_trainer.environment import Settings
-from dpmoe_trainer.errors import BadData
+from dpmoe_trainer.errors import BadData, StopRequested
 from dpmoe_trainer.evaluate import evaluate
 from dpmoe_trainer.journal import Journal
 from dpmoe_trainer.machine import memory
@@ -85,7 +85,7 @@ def train(
     board.enter("Loading")
     check_mechanism(plan)
     device = device_of(settings)
-    ranks = meet(plan.parallel, device, environ, board.beat)
+    ranks = meet(plan.parallel, device, environ, _waiting(board, stopping))
     run = Run(plan, settings, board, stopping, journal, ranks.peers)
 
     target = open_target(plan.output, settings, again=run.saving) if ranks.first else None
@@ -171,6 +171,17 @@ def require_same_rows(ranks: Peers, rows: list[str]) -> None:
             "blocks: the ranks read different rows from the blocks' tables, so one row could be "
             "drawn twice; have all pods read one volume, and do not change it while a job runs"
         )
+
+
+def _waiting(board: ProgressBoard, stopping: Callable[[], bool]) -> Callable[[], None]:
+    """What a rank does while others start; it may leave alone, since none computes with it yet."""
+
+    def wait() -> None:
+        board.beat()
+        if stopping():
+            raise StopRequested("stopped on request, while it waited for the other ranks")
+
+    return wait
 
 
 def _blocks(plan: TrainingPlan, settings: Settings) -> tuple[BlockPlan, ...]:

@@ -89,7 +89,8 @@ def meet(
         plan: how many there are, and how long to wait for them once they are there.
         device: where this rank computes.
         environment: torchrun's variables: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-        beat: called while it waits for others to start; to wait is no silence.
+        beat: called while it waits for others to start; to wait is no silence. What it raises ends
+            the wait.
 
     Raises:
         PeerLost: they did not come in time.

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
 import pytest
+import torch
 from tests.trainer.processes import free_port
 from tests.trainer.runs import PlanMaker, Trainer, plan_of
 
@@ -32,6 +33,7 @@ from dpmoe_trainer.errors import (
     UncoveredMechanism,
 )
 from dpmoe_trainer.journal import open_journal
+from dpmoe_trainer.prepare import repeat_exactly
 
 KEY = b"k" * 32
 
@@ -162,6 +164,39 @@ def test_a_killed_run_ends_with_the_same_model_and_count(
     assert run.report.attempts[-1] == "last"
     assert run.report.attempts[0] == "pod-0"
     assert model_sums(trainer.output) == undisturbed
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """Torch's settings are as they were, afterwards."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cuda", True), ("cpu", False)])
+def test_a_gpu_is_asked_for_sums_that_a_restart_can_repeat(
+    device: str, asked: bool, forgetful: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    repeat_exactly(torch.device(device))
+    assert torch.are_deterministic_algorithms_enabled() is asked
+    assert torch.is_deterministic_algorithms_warn_only_enabled() is asked
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if asked else None)
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_only_a_run_that_may_go_on_asks_for_that(
+    checkpoint: bool, trainer: Trainer, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr("dpmoe_trainer.train.repeat_exactly", asked.append)
+    if not checkpoint:
+        del plan["checkpoint"]
+    assert trainer.run(plan).code == ExitCode.COMPLETED
+    assert len(asked) == checkpoint
 
 
 @pytest.mark.parametrize(

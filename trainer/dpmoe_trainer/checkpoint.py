@@ -1,14 +1,14 @@
 """The run's state on its checkpoint volume: sharded, whole or not there, in safetensors.
 
-    step-000120/
-      rank-00000.safetensors   what rank 0 wrote: tensors, or slices of them by expert
+    step-000000120/
+      rank-00000.safetensors   what rank 0 wrote: tensors, or slices of their rows
       rank-00000.json          which, and the file's size and SHA-256
       manifest.json            step, run, ranks, and the SHA-256 of every rank's list
 
 Ranks write into a folder of another name; rank 0 writes the manifest last, brings everything to the
 disk, and renames the folder. So a folder with its name is whole unless the volume lost something,
 which the sums show. Any layout of ranks can read what any other wrote: a tensor is put together
-from slices along its first dimension, which for fused expert weights is the experts'.
+from slices along its first dimension: the experts of fused weights, the rows of sharded dense ones.
 """
 
 import hashlib

@@ -353,7 +353,9 @@ class EvaluationPlan(Contract):
 
 
 class ParallelPlan(Contract):
-    """The processes of a run and how they share it; static, since a lost one is a lost run.
+    """The processes of a run and how they share it; static, since all end where one is lost.
+
+    With a checkpoint they then start again; without one, the run is over.
 
     The world has `workers` × `processes` ranks. Each computes samples of its own; `expert_parallel`
     ranks in a row hold all experts of a layer between them, and the world is a multiple of that.

@@ -96,6 +96,19 @@ def device_of(settings: Settings) -> torch.device:
     return device
 
 
+def repeat_exactly(device: torch.device) -> None:
+    """Has a GPU sum in the same order each time, for steps that a restart may make again.
+
+    To be called before anything is computed. What has no such kernel runs as it would otherwise.
+    """
+    if device.type != "cuda":
+        return
+    environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first product
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Nothing here reads what it did not write; to fill it first would only take time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def load(
     plan: TrainingPlan, settings: Settings, device: torch.device, ranks: Ranks = ALONE
 ) -> LoadedModel:

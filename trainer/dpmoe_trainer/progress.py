@@ -44,7 +44,7 @@ class ProgressBoard:
     ) -> None:
         self.steps = steps
         self.drawn = 0
-        """Steps whose sample was drawn: each is spent, whether or not its update was made."""
+        """Steps whose draw was begun: each is spent, whether or not its update was made."""
         # Remembered, since the operator asks more often than steps are made.
         self._epsilon = lru_cache(maxsize=8)(epsilon)
         self._clock = clock
@@ -79,7 +79,7 @@ class ProgressBoard:
         self._resumed, self.drawn = step, drawn
 
     def count_draw(self) -> None:
-        """Counts a step as spent; called at once when its sample is drawn."""
+        """Counts a step as spent; called before its sample is drawn."""
         self.beat()
         self.drawn += 1
 

@@ -34,7 +34,7 @@ from dpmoe_trainer.output import open_target
 from dpmoe_trainer.parallel.ranks import meet, part
 from dpmoe_trainer.parallel.spread import gather
 from dpmoe_trainer.precision import computing
-from dpmoe_trainer.prepare import LoadedModel, check_mechanism, device_of, load
+from dpmoe_trainer.prepare import LoadedModel, check_mechanism, device_of, load, repeat_exactly
 from dpmoe_trainer.progress import ProgressBoard
 from dpmoe_trainer.resume import Run
 from dpmoe_trainer.state import State
@@ -75,7 +75,7 @@ def train(
         journal: this attempt's, if the plan has a checkpoint and this is rank 0.
 
     Raises:
-        Refusal: the plan, the model or the data is not what it must be; no step was taken.
+        Refusal: the plan, the model or the data is not what it must be; this attempt drew no step.
         StopRequested: it was asked to stop, and did before its last step.
         SavingFailed: all steps were taken, and the model could not be kept.
         CheckpointFailed: what a restart needs could not be kept.
@@ -85,6 +85,8 @@ def train(
     board.enter("Loading")
     check_mechanism(plan)
     device = device_of(settings)
+    if plan.checkpoint is not None:
+        repeat_exactly(device)
     ranks = meet(plan.parallel, device, environ, _waiting(board, stopping))
     run = Run(plan, settings, board, stopping, journal, ranks.peers)
 

@@ -148,6 +148,20 @@ def test_a_store_gets_all_files_and_the_configuration_last(
         open_target(OutputPlan(uri="memory://bucket/mine"), settings())
 
 
+def test_a_folder_that_cannot_be_asked_is_not_one_without_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = open_target(None, settings(output=tmp_path))
+    assert target is not None
+
+    def fail(path: Path) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("dpmoe_trainer.output.is_there", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        target.holds_model()
+
+
 def test_a_store_that_breaks_off(
     memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:

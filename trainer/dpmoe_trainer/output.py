@@ -21,7 +21,7 @@ import fsspec
 from dpmoe_trainer.contract import OutputPlan
 from dpmoe_trainer.environment import Settings
 from dpmoe_trainer.errors import BadPlan, SavingFailed
-from dpmoe_trainer.journal import sync_file, sync_folder
+from dpmoe_trainer.journal import is_there, sync_file, sync_folder
 
 LAST_FILE = "config.json"
 """The file that `transformers` looks for first; it arrives last."""
@@ -111,7 +111,7 @@ class FolderTarget:
 
     def holds_model(self) -> bool:
         """See `Target`."""
-        return (self.folder / LAST_FILE).exists()
+        return is_there(self.folder / LAST_FILE)
 
     def check_room(self, size: int) -> None:
         """See `Target`."""

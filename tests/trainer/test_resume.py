@@ -452,8 +452,8 @@ def test_a_lost_journal_is_refused_before_anything_is_loaded(
 
 
 FAULTS = {
-    "the device is full": ("prepare._read", RuntimeError("CUDA out of memory")),
-    "the hub is away": ("prepare.resolve", ConnectionError("unreachable")),
+    "the device is full": ("prepare.read", RuntimeError("CUDA out of memory")),
+    "the hub is away": ("pretrained.resolve", ConnectionError("unreachable")),
     "the output is away": ("output.tempfile.TemporaryFile", OSError(5, "Input/output error")),
     "the output is full": ("output.FolderTarget.check_room", BadPlan("full")),
     "a table is away": ("data.sources._open", OSError(116, "Stale file handle")),
@@ -494,7 +494,7 @@ def test_a_fault_before_the_first_step_refuses_only_who_was_alone(
         with pytest.raises(Killed):
             trainer.run(plan)
     monkeypatch.setenv("DPMOE_FAILURES", failures)
-    monkeypatch.setattr("dpmoe_trainer.prepare._read", raising(RuntimeError()))
+    monkeypatch.setattr("dpmoe_trainer.prepare.read", raising(RuntimeError()))
     run = trainer.run(plan)
     assert run.code == code
     assert run.report is not None

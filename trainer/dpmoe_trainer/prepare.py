@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpmoe_trainer.contract import ModelPlan, OptimizerName, ParallelPlan, TrainingPlan
+from dpmoe_trainer.contract import OptimizerName, ParallelPlan, TrainingPlan
 from dpmoe_trainer.data.rows import Lower
 from dpmoe_trainer.dp import check_bound, check_model
 from dpmoe_trainer.dp.accounting import AccountingMismatch, check_plan
@@ -23,14 +23,12 @@ from dpmoe_trainer.environment import Settings
 from dpmoe_trainer.errors import BadModel, BadPlan, PeerLost, UncoveredMechanism
 from dpmoe_trainer.machine import keep_freed_memory, processors
 from dpmoe_trainer.methods.check import check_ranks
-from dpmoe_trainer.models import load_model, load_tokenizer, select_trainable, upcycle
-from dpmoe_trainer.models.load import resolve
-from dpmoe_trainer.models.lora import add_lora
 from dpmoe_trainer.parallel.hand_out import outline
 from dpmoe_trainer.parallel.ranks import ALONE, Ranks
 from dpmoe_trainer.parallel.shards import NotShardable
 from dpmoe_trainer.parallel.spread import Spread, spread
 from dpmoe_trainer.precision import computing, require_precision
+from dpmoe_trainer.pretrained import read, trainable
 
 _HOST = torch.device("cpu")
 
@@ -158,9 +156,9 @@ def _same_on_all(
     if ranks.first:
         try:
             with _refusing():
-                read, tokenizer = _read(plan, settings)
-                told = type(read), read.config, tokenizer
-                model = _trainable(read, plan.model).to(device)
+                whole, tokenizer = read(plan, settings)
+                told = type(whole), whole.config, tokenizer
+                model = trainable(whole, plan.model).to(device)
                 _prove(model, plan)
         except (BadPlan, BadModel) as error:
             problem = error
@@ -172,7 +170,7 @@ def _same_on_all(
     kind, config, tokenizer = told
     if model is None:
         with _refusing():
-            model = _trainable(outline(kind, config), plan.model)
+            model = trainable(outline(kind, config), plan.model)
     return model, tokenizer
 
 
@@ -187,19 +185,6 @@ def _refusing() -> Iterator[None]:
         raise BadModel(f"parallel: {error}") from error
     except Exception as error:
         raise BadModel(f"model: {error or type(error).__name__}") from error
-
-
-def _read(
-    plan: TrainingPlan, settings: Settings
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    # What is fresh in the model (router, head) comes from the plan, so a plan names its start.
-    # Noise and sampling have a secret key of their own.
-    # By the run, since it may go on with other ranks.
-    seed = int(plan.run_digest()[:8], 16)
-    torch.manual_seed(seed)
-    model, tokenizer = _load(plan.model, settings, seed)
-    _check_sizes(model, tokenizer, plan.training.max_tokens)
-    return model, tokenizer
 
 
 def _prove(model: PreTrainedModel, plan: TrainingPlan) -> None:
@@ -222,15 +207,6 @@ def _prove_together(
     if plan.training.precision == "bfloat16":
         with computing(plan.training.precision, model.device):
             check_ranks(model, ranks, clipping, balancing, exact=False)
-
-
-def _trainable(model: PreTrainedModel, plan: ModelPlan) -> PreTrainedModel:
-    """The model with exactly those parameters trainable that the plan means."""
-    if plan.lora is None:
-        select_trainable(model, plan.trainable or ("*",))
-        return model
-    lora = plan.lora
-    return add_lora(model, lora.rank, lora.alpha, lora.attention, lora.experts)
 
 
 def clipping_of(plan: TrainingPlan) -> Clipping:
@@ -265,47 +241,6 @@ def balancing_of(plan: TrainingPlan, model: PreTrainedModel) -> Balancing:
         balancing.through,
         balancing.load_share,
     )
-
-
-def _load(
-    plan: ModelPlan, settings: Settings, seed: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if plan.path is not None:
-        source = str(settings.resolve(plan.path, "model.path").absolute())
-    else:
-        assert plan.hugging_face is not None, "the contract sets exactly one of the two"
-        source = plan.hugging_face
-    folder = resolve(source, plan.revision)
-    tokenizer = load_tokenizer(folder)
-    if plan.upcycle is None:
-        return load_model(folder, plan.labels), tokenizer
-    return (
-        upcycle(
-            folder,
-            experts=plan.upcycle.experts,
-            top_k=plan.upcycle.top_k,
-            layers=plan.upcycle.layers,
-            num_labels=plan.labels,
-            seed=seed,
-        ),
-        tokenizer,
-    )
-
-
-def _check_sizes(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> None:
-    """A row must not be able to break the run by its length or its words."""
-    positions = getattr(model.config, "max_position_embeddings", max_tokens)
-    if max_tokens > positions:
-        raise ValueError(
-            f"it takes {positions} tokens at most, and training.maxTokens is {max_tokens}: lower it"
-        )
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"its tokenizer has {len(tokenizer)} tokens and its vocabulary "
-            f"{model.config.vocab_size}: use the tokenizer that belongs to it"
-        )
 
 
 def _frozen_part(

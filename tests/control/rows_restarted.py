@@ -146,6 +146,22 @@ def _(cluster: Cluster, operator: Operator) -> None:
     last_end(cluster, ExitCode.JOURNAL_LOST, refused)
 
 
+@restarting("paused before its container started, and refused after that", "nothing", "Refused")
+def _(cluster: Cluster, operator: Operator) -> None:
+    """Likewise, if something else keeps the trainer from its volume."""
+    reach_pending(cluster, operator)
+    for _ in range(2):
+        cluster.advance(only_pod(cluster))
+        see(operator)
+    cluster.edit("j", suspend=True)
+    stand_still(cluster, operator)
+    cluster.edit("j", suspend=False)
+    see(operator)
+    restarted(cluster, operator)
+    refused = reported(cluster, outcome=Outcome.REFUSED, steps=0)
+    last_end(cluster, ExitCode.BAD_CHECKPOINT, refused)
+
+
 @restarting("another attempt came and went while no operator watched", "the plan", "ReportMissing")
 def _(cluster: Cluster, operator: Operator) -> None:
     """The first one's report was true, and another attempt followed."""

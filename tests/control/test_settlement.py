@@ -258,7 +258,7 @@ UNPROVEN: dict[str, tuple[WorkloadView, str, str]] = {
     "end unseen until it was gone": (
         view(history(NEVER_FOUND)),
         "ReportMissing",
-        "left no report: its kubelet found no container (ContainerStatusUnknown)",
+        "left no report: its kubelet found no container of it (ContainerStatusUnknown)",
     ),
     "a pod may still run": (
         view(history(UNSCHEDULED, UNSCHEDULED), active=1),

@@ -143,7 +143,7 @@ def _was_first(workload: WorkloadView, last: PodView) -> bool:
     """Whether every pod of rank 0 before that one is known, and none of them started."""
     others = [pod for pod in workload.first_pods if pod.uid != last.uid]
     return (
-        workload.starts <= 1
+        (workload.starts <= 1 or workload.all_pods_known)
         and len(others) >= last.failures
         and not any(pod.may_have_started for pod in others)
     )
@@ -184,9 +184,7 @@ def _read_report(pod: PodView) -> TrainingReport:
     if pod.exit_code is None:
         raise Unanswered("ReportMissing", "rank 0 ended without an exit code")
     if pod.ended_by == LOST:
-        problem = (
-            f"rank 0 ended unseen, and left no report: its kubelet found no container ({LOST})"
-        )
+        problem = f"rank 0 left no report: its kubelet found no container of it ({LOST})"
         raise Unanswered("ReportMissing", problem)
     if not pod.message:
         how = f"exit code {pod.exit_code}" + (f" ({pod.ended_by})" if pod.ended_by else "")

@@ -24,8 +24,8 @@ WITH_A_KNOWN_KEY = """
 import sys
 import dpmoe_trainer.secret as secret
 secret.secrets.token_bytes = lambda count: b"k" * count
-from dpmoe_trainer.__main__ import main
-sys.exit(main(sys.argv[1:]))
+from dpmoe_trainer.__main__ import leave, main
+leave(main(sys.argv[1:]))
 """
 
 

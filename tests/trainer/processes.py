@@ -18,18 +18,25 @@ CPU = torch.device("cpu")
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *arguments: Any, experts: int = 1
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    experts: int = 1,
+    pod: int = 1,
+    timeout: int = 60,
 ) -> list[Any]:
-    """What `function(ranks, *arguments)` returns on each of so many ranks.
+    """What `function(ranks, *arguments)` returns on each of so many ranks, `pod` of them a pod.
 
     They are forks of this process, so a test may pass whatever it has.
     """
     context = get_context("fork")
+    plan = ParallelPlan(workers=world, expert_parallel=experts, timeout_seconds=timeout)
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         processes = [
             context.Process(
-                target=_rank, args=(rank, world, experts, port, folder, function, arguments)
+                target=_rank,
+                args=(plan, _variables(rank, pod, port), folder, function, arguments),
             )
             for rank in range(world)
         ]
@@ -57,27 +64,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _variables(rank: int, pod: int, port: int) -> dict[str, str]:
+    own = {"RANK": rank, "LOCAL_RANK": rank % pod, "LOCAL_WORLD_SIZE": pod, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in own.items()}
+
+
 def _read(file: Path) -> Any:
     return torch.load(file, weights_only=False) if file.exists() else Failure("it left no word")
 
 
 def _rank(
-    rank: int,
-    world: int,
-    experts: int,
-    port: int,
+    plan: ParallelPlan,
+    environment: dict[str, str],
     folder: str,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    plan = ParallelPlan(workers=world, expert_parallel=experts, timeout_seconds=60)
-    environment = {"RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank = environment["RANK"]
     try:
         ranks: Ranks = meet(plan, CPU, environment)
         result = function(ranks, *arguments)
         part(ranks)
     except BaseException:
         result = Failure(f"rank {rank}: {traceback.format_exc()}")
-    torch.save(result, Path(folder) / str(rank))
+    torch.save(result, Path(folder) / rank)
     os._exit(0)

@@ -363,13 +363,16 @@ def test_a_table_of_a_hub_is_read_like_a_file(tmp_path: Path) -> None:
         read_table(plan.model_copy(update={"label_column": "stars"}), "data", labels=3)
 
 
-def test_a_scratch_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["write", "finish"])
+def test_a_scratch_folder_that_is_full(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "table"
     WRITERS["jsonl"](path)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dpmoe_trainer.data.scratch.ScratchWriter.write", full)
+    monkeypatch.setattr(f"dpmoe_trainer.data.scratch.ScratchWriter.{when}", full)
     with pytest.raises(BadData, match=r"scratch folder .* is too small .*ephemeralStorage"):
         read_table(data_plan(path, "jsonl"), "data", labels=3)

@@ -28,6 +28,12 @@ from dpmoe_trainer.__main__ import leave, main
 leave(main(sys.argv[1:]))
 """
 
+KILLED_WHILE_READING = """
+import os, signal
+import dpmoe_trainer.train
+dpmoe_trainer.train.load_units = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 
 ADAPTERS = {"model__trainable": [], "model__lora": {"rank": 2, "alpha": 4.0}}
 """Trains adapters on attention and experts, in place of all parameters."""
@@ -64,6 +70,9 @@ class World:
     ranks: list[subprocess.Popen[str]] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
     """Where each rank works, if not where the tests do."""
+    pod: int = 1
+    """Ranks of a pod."""
+    script: str = WITH_A_KNOWN_KEY
 
     @property
     def output(self) -> Path:
@@ -74,7 +83,7 @@ class World:
         file = self.folder / "plan.json"
         file.write_text(json.dumps(self.plan))
         world = self.plan["parallel"]["workers"]
-        command = [sys.executable, "-c", WITH_A_KNOWN_KEY]
+        command = [sys.executable, "-c", self.script]
         command += ["--plan", str(file), "--output", str(self.output)]
         self.ranks = [
             subprocess.Popen(
@@ -84,9 +93,9 @@ class World:
                 | {
                     "OMP_NUM_THREADS": "1",
                     "RANK": str(rank),
-                    "LOCAL_RANK": "0",
+                    "LOCAL_RANK": str(rank % self.pod),
                     "WORLD_SIZE": str(world),
-                    "LOCAL_WORLD_SIZE": "1",
+                    "LOCAL_WORLD_SIZE": str(self.pod),
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(self.port),
                     "DPMOE_POD_UID": f"pod-{rank}-{self.attempt}",
@@ -192,25 +201,77 @@ def test_ranks_compute_in_half_precision(make_plan: PlanMaker, tmp_path: Path) -
     assert {str(each.dtype) for each in saved.values()} == {"torch.float32"}
 
 
-def test_ranks_that_read_different_tables_take_no_step(
-    make_plan: PlanMaker, tmp_path: Path
+def give_tables(world: World) -> list[list[str]]:
+    """Has each rank look for its tables in a folder of its own; returns the lines of both."""
+    tables = [world.plan["blocks"][0]["data"], world.plan["evaluation"]["data"]]
+    lines = [Path(data["path"]).read_text().splitlines() for data in tables]
+    for name, data in zip(("private", "public"), tables, strict=True):
+        data["path"] = f"/proc/self/cwd/{name}.jsonl"
+    world.folders = [world.folder / str(rank) for rank in range(world.plan["parallel"]["workers"])]
+    for folder in world.folders:
+        folder.mkdir(parents=True)
+    return lines
+
+
+@pytest.mark.parametrize("pod", [1, 2])
+def test_pods_that_read_different_tables_take_no_step(
+    pod: int, make_plan: PlanMaker, tmp_path: Path
 ) -> None:
-    volume = tmp_path / "volume"
-    world = World(tmp_path / "run", plan_for(make_plan, volume, 2, 2))
-    [data] = [block["data"] for block in world.plan["blocks"]]
-    table = Path(data["path"])
-    data["path"] = "/proc/self/cwd/table.jsonl"
-    world.folders = [tmp_path / "0", tmp_path / "1"]
+    plan = plan_for(make_plan, tmp_path / "volume", 2 * pod, 2)
+    world = World(tmp_path / "run", plan, pod=pod)
+    private, public = give_tables(world)
     for rank, folder in enumerate(world.folders):
-        folder.mkdir()
-        # The second has its rows in another order: it would draw others by the same numbers.
-        lines = sorted(table.read_text().splitlines(), reverse=bool(rank))
-        (folder / "table.jsonl").write_text("\n".join(lines))
+        # The second pod has its rows in another order: it would draw others by the same numbers.
+        lines = sorted(private, reverse=rank >= pod)
+        (folder / "private.jsonl").write_text("\n".join(lines))
+        (folder / "public.jsonl").write_text("\n".join(public))
     world.start()
-    assert world.wait() == [ExitCode.BAD_DATA] * 2, world.words
+    assert world.wait() == [ExitCode.BAD_DATA] * 2 * pod, world.words
     report = world.report()
     assert "different rows" in report.message
     assert report.mechanism.steps == 0
+
+
+def test_a_pods_first_rank_reads_for_all(
+    make_plan: PlanMaker, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    world = World(tmp_path / "run", plan_for(make_plan, tmp_path / "volume", 2, 2), pod=2)
+    private, public = give_tables(world)
+    (world.folders[0] / "private.jsonl").write_text("\n".join(private))
+    (world.folders[0] / "public.jsonl").write_text("\n".join(public))
+    world.start()
+    assert world.wait() == [0, 0], world.words
+    assert model_sums(world.output) == undisturbed
+    evaluation = world.report().evaluation
+    assert evaluation is not None
+    assert evaluation.examples == len(public)
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_what_one_pod_cannot_read_all_refuse(
+    faulty: int, make_plan: PlanMaker, tmp_path: Path
+) -> None:
+    world = World(tmp_path / "run", plan_for(make_plan, tmp_path / "volume", 4, 2), pod=2)
+    private, _ = give_tables(world)
+    good = 1 - faulty
+    (world.folders[2 * good] / "private.jsonl").write_text("\n".join(private))
+    world.start()
+    assert world.wait() == [ExitCode.BAD_DATA] * 4, world.words
+    report = world.report()
+    for words in (report.message, *world.words[1:]):
+        assert "blocks[0].data.path: '/proc/self/cwd/private.jsonl' does not exist" in words
+    assert report.mechanism.steps == 0
+
+
+def test_a_rank_that_is_killed_while_it_reads_ends_the_others(
+    make_plan: PlanMaker, tmp_path: Path
+) -> None:
+    world = World(tmp_path / "run", plan_for(make_plan, tmp_path / "volume", 3, 1), pod=3)
+    world.script = KILLED_WHILE_READING + WITH_A_KNOWN_KEY
+    started = time.monotonic()
+    world.start()
+    assert world.wait() == [-signal.SIGKILL, *[ExitCode.PEER_LOST] * 2], world.words
+    assert time.monotonic() - started < world.plan["parallel"]["timeoutSeconds"]
 
 
 def test_torchrun_needs_nothing_but_the_plan(

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from dpmoe_trainer.checkpoint import Peers
 from dpmoe_trainer.contract import BlockPlan, DataPlan, Evaluation, TrainingPlan
+from dpmoe_trainer.data.once import read_once
 from dpmoe_trainer.data.rows import Lower, Rows
 from dpmoe_trainer.data.tables import Table, read_table
 from dpmoe_trainer.data.tokens import TableTokens
-from dpmoe_trainer.data.units import digests, load_units
+from dpmoe_trainer.data.units import Units, digests, load_units
 from dpmoe_trainer.dp.noise import add_noise
 from dpmoe_trainer.dp.sampling import poisson_draw
 from dpmoe_trainer.environment import Settings
@@ -31,7 +32,7 @@ from dpmoe_trainer.machine import memory
 from dpmoe_trainer.methods.dp_sgd import Updater, sum_clipped
 from dpmoe_trainer.models.lora import merged
 from dpmoe_trainer.output import open_target
-from dpmoe_trainer.parallel.ranks import meet, part
+from dpmoe_trainer.parallel.ranks import Ranks, meet, part
 from dpmoe_trainer.parallel.spread import gather
 from dpmoe_trainer.precision import computing
 from dpmoe_trainer.prepare import LoadedModel, check_mechanism, device_of, load, repeat_exactly
@@ -98,15 +99,17 @@ def train(
     run.stop_if_asked()
 
     vocabulary = loaded.model.config.vocab_size
-    table, units = load_units(_blocks(plan, settings), plan.model.labels, vocabulary)
+    table, units, rows = read_once(
+        lambda beat: _private_table(plan, settings, vocabulary, ranks, beat), ranks, board.beat
+    )
+    require_same_rows(ranks.peers, rows)
     cache_bytes = memory() // (CACHE_SHARE * plan.parallel.processes)
     private_rows = _rows(table, loaded, training.max_tokens, loaded.lower, cache_bytes)
-    told = plan.checkpoint is not None or not ranks.alone
-    rows = digests(table, units) if told else []
-    require_same_rows(ranks.peers, rows)
     public_rows = None
     if plan.evaluation is not None:
-        public_table = _evaluation_table(plan, settings, vocabulary)
+        public_table = read_once(
+            lambda beat: _evaluation_table(plan, settings, vocabulary, beat), ranks, board.beat
+        )
         public_rows = _rows(public_table, loaded, training.max_tokens)
 
     noise = privacy.noise_multiplier * privacy.clipping_norm
@@ -163,7 +166,7 @@ def train(
 
 
 def require_same_rows(ranks: Peers, rows: list[str]) -> None:
-    """Refuses ranks that read different tables: a row that is drawn by two counts twice.
+    """Refuses pods that read different tables: a row that ranks of two draw counts twice.
 
     Raises:
         BadData: the digests of a rank's rows are not those of rank 0; on all ranks.
@@ -186,6 +189,16 @@ def _waiting(board: ProgressBoard, stopping: Callable[[], bool]) -> Callable[[],
     return wait
 
 
+def _private_table(
+    plan: TrainingPlan, settings: Settings, vocabulary: int, ranks: Ranks, beat: Callable[[], None]
+) -> tuple[Table, Units, list[str]]:
+    """All blocks' rows, their units, and digests of both where ranks or attempts compare them."""
+    blocks = _blocks(plan, settings)
+    table, units = load_units(blocks, plan.model.labels, vocabulary, beat)
+    compared = plan.checkpoint is not None or not ranks.alone
+    return table, units, digests(table, units, beat) if compared else []
+
+
 def _blocks(plan: TrainingPlan, settings: Settings) -> tuple[BlockPlan, ...]:
     return tuple(
         block.model_copy(update={"data": _located(block.data, f"blocks[{index}].data", settings)})
@@ -193,12 +206,14 @@ def _blocks(plan: TrainingPlan, settings: Settings) -> tuple[BlockPlan, ...]:
     )
 
 
-def _evaluation_table(plan: TrainingPlan, settings: Settings, vocabulary: int) -> Table:
+def _evaluation_table(
+    plan: TrainingPlan, settings: Settings, vocabulary: int, beat: Callable[[], None]
+) -> Table:
     assert plan.evaluation is not None, "asked for only where the plan evaluates"
     data = _located(plan.evaluation.data, "evaluation.data", settings)
     limit = plan.evaluation.max_examples
     return read_table(
-        data, "evaluation.data", plan.model.labels, limit=limit, vocabulary=vocabulary
+        data, "evaluation.data", plan.model.labels, limit=limit, vocabulary=vocabulary, beat=beat
     )
 
 

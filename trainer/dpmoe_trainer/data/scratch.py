@@ -3,50 +3,122 @@
 A table's text may be larger than a rank's memory, and a step needs a few rows of it. So the text is
 copied once into an Arrow file on the pod's scratch volume, never onto the data's own, and mapped:
 what a draw does not name is not read. The file has no name from the start, so nobody else can open
-it, and it is gone with the process, however that ends.
+it, and it is gone with the last process that maps it, however that ends. Those are the ranks of one
+pod: one of them writes it, and leads the others to it.
 """
+
+from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpmoe_trainer.errors import PeerLost
+
 Sizes = npt.NDArray[np.int32]
 
 TEXT = pa.large_string()
 TOKENS = pa.large_list(pa.int32())
 
+HASHED_AT_ONCE = 2**26
+"""Bytes, between two signs of progress."""
+
 _COLUMN = "content"
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """The way to a file without a name, for other processes of this pod and user.
+
+    It leads there while the process that made it lives and holds the file open, and nowhere else.
+
+    Attributes:
+        path: of the descriptor, in /proc.
+        identity: the file's device and inode.
+    """
+
+    path: str
+    identity: tuple[int, int]
+
+    @classmethod
+    def of(cls, file: IO[bytes]) -> OpenFile:
+        """The way to a file that this process holds open."""
+        descriptor = file.fileno()
+        return cls(f"/proc/{os.getpid()}/fd/{descriptor}", _identity(file))
+
+    def open(self) -> IO[bytes]:
+        """The file, from its beginning, to be read.
+
+        Raises:
+            PeerLost: the process is gone, or not of this pod.
+        """
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115
+        except (FileNotFoundError, ProcessLookupError):
+            raise PeerLost("the rank that read the tables for this pod is gone") from None
+        if _identity(file) != self.identity:
+            file.close()
+            raise PeerLost("the rank that read the tables for this pod is gone, or of another pod")
+        return file
+
+
+def _identity(file: IO[bytes]) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino
 
 
 class ScratchColumn:
     """Texts, or lists of token ids, by row.
+
+    To pickle one is to tell another rank of the pod where its file is.
+
+    Args:
+        file: an Arrow file of one column; stays open, for the others.
+        starts: the first row of each batch of the file.
+        sizes: as below.
 
     Attributes:
         sizes: [rows] each text's bytes, or each list's ids.
         is_text: which of the two.
     """
 
-    def __init__(self, mapped: mmap.mmap, starts: list[int], sizes: Sizes) -> None:
-        file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped)))
+    def __init__(self, file: IO[bytes], starts: Sequence[int], sizes: Sizes) -> None:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_RANDOM)
+        arrow = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped)))
         self.sizes = sizes
-        self.is_text = file.schema.field(_COLUMN).type == TEXT
+        self.is_text = arrow.schema.field(_COLUMN).type == TEXT
         self._mapped = mapped
         self._file = file
+        self._arrow = arrow
         self._starts = np.array(starts, dtype=np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _column_elsewhere, (OpenFile.of(self._file), self._starts, self.sizes)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def digest(self) -> str:
+    def digest(self, beat: Callable[[], None] = lambda: None) -> str:
         """SHA-256 of all rows; reads them all, and is as private as they are."""
-        return hashlib.sha256(self._mapped).hexdigest()
+        found = hashlib.sha256()
+        content = memoryview(self._mapped)
+        self._mapped.madvise(mmap.MADV_SEQUENTIAL)  # several times faster from a disk
+        for start in range(0, len(content), HASHED_AT_ONCE):
+            found.update(content[start : start + HASHED_AT_ONCE])
+            beat()
+        self._mapped.madvise(mmap.MADV_RANDOM)
+        return found.hexdigest()
 
     def texts(self, rows: Sequence[int]) -> list[str]:
         """The texts of these rows."""
@@ -62,9 +134,13 @@ class ScratchColumn:
         chunks = np.searchsorted(self._starts, rows, side="right") - 1
         for row, chunk in zip(rows, chunks.tolist(), strict=True):
             if chunk not in opened:
-                opened[chunk] = self._file.get_batch(chunk).column(0)
+                opened[chunk] = self._arrow.get_batch(chunk).column(0)
             values.append(opened[chunk][row - int(self._starts[chunk])])
         return values
+
+
+def _column_elsewhere(file: OpenFile, starts: Sequence[int], sizes: Sizes) -> ScratchColumn:
+    return ScratchColumn(file.open(), starts, sizes)
 
 
 class ScratchWriter:
@@ -101,10 +177,7 @@ class ScratchWriter:
         """
         self._writer.close()
         self._file.flush()
-        mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        mapped.madvise(mmap.MADV_RANDOM)
-        self._file.close()  # the mapping keeps what it maps
-        return ScratchColumn(mapped, self._starts[:-1], np.concatenate(self._sizes))
+        return ScratchColumn(self._file, self._starts[:-1], np.concatenate(self._sizes))
 
 
 class Content:

@@ -15,7 +15,8 @@ prepares no files, and the folder that it insists on for its locks is temporary.
 
 import errno
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,7 @@ def read_table(
     unit_column: str | None = None,
     limit: int | None = None,
     vocabulary: int | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> Table:
     """Reads a table's labels and users into memory, and its content onto the scratch disk.
 
@@ -72,6 +74,7 @@ def read_table(
         unit_column: the column that names a row's user; None if each row is a privacy unit.
         limit: keep at most this many rows.
         vocabulary: token ids are below this; needed where the plan names a tokens column.
+        beat: called every few rows.
 
     Raises:
         BadData: the table is missing, unreadable, empty, or lacks what the plan says of it.
@@ -86,7 +89,7 @@ def read_table(
     classes: list[npt.NDArray[np.int64]] = []
     users: list[pa.Array] = []
     rows = 0
-    for batch in _chosen(plan, field, columns):
+    for batch in _chosen(plan, field, columns, beat):
         chosen = batch if limit is None else batch.slice(0, limit - rows)
         rows += len(chosen)
         if plan.label_column:
@@ -95,23 +98,30 @@ def read_table(
             classes.append(class_labels(column, f"{field}.labelColumn", plan.label_column, labels))
         if unit_column:
             users.append(user_names(chosen.column(unit_column), field, unit_column))
-        _write(content, _content(chosen, plan, field, vocabulary), field)
+        part = _content(chosen, plan, field, vocabulary)
+        with _room(field):
+            content.write(part)
         if limit is not None and rows >= limit:
             break
 
     if not rows:
         named = f" with {partition.column!r} in {list(partition.values)}" if partition else ""
         raise BadData(f"{field}: the table has no rows{named}; check the file and the partition")
+    with _room(field):
+        column = content.finish()
     return Table(
-        Content([content.finish()]),
+        Content([column]),
         np.concatenate(classes) if plan.label_column else None,
         _numbered(users) if unit_column else None,
     )
 
 
-def _chosen(plan: DataPlan, field: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _chosen(
+    plan: DataPlan, field: str, columns: list[str], beat: Callable[[], None]
+) -> Iterator[pa.RecordBatch]:
     """The partition's rows, in batches that are not empty."""
     for batch in stream(plan, field, columns):
+        beat()
         if plan.partition:
             column = as_strings(batch.column(plan.partition.column))
             batch = batch.filter(within(column, plan.partition.values))
@@ -128,9 +138,11 @@ def _content(batch: pa.RecordBatch, plan: DataPlan, field: str, vocabulary: int 
     return token_ids(column, f"{field}.tokensColumn", plan.tokens_column, vocabulary)
 
 
-def _write(content: ScratchWriter, part: pa.Array, field: str) -> None:
+@contextmanager
+def _room(field: str) -> Iterator[None]:
+    """Refuses a table for which the scratch disk has no room."""
     try:
-        content.write(part)
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

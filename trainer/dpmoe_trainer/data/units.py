@@ -13,7 +13,7 @@ would be what it was: the sampling rate is the plan's, whatever the number of un
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import numpy as np
@@ -62,7 +62,10 @@ class Units(Sequence[Unit]):
 
 
 def load_units(
-    blocks: tuple[BlockPlan, ...], labels: int | None, vocabulary: int | None = None
+    blocks: tuple[BlockPlan, ...],
+    labels: int | None,
+    vocabulary: int | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> tuple[Table, Units]:
     """Reads the tables of all blocks into one, with its rows grouped into privacy units.
 
@@ -70,6 +73,7 @@ def load_units(
         blocks: the job's blocks; absolute paths must already lie under the run's root.
         labels: number of classes; None where the text itself is learnt.
         vocabulary: token ids are below this; needed where a block names a tokens column.
+        beat: called every few rows.
 
     Raises:
         BadPlan: a block's unit is the user, and no column names it.
@@ -77,7 +81,9 @@ def load_units(
     """
     columns = [_user_column(block, index) for index, block in enumerate(blocks)]
     tables = [
-        read_table(block.data, f"blocks[{index}].data", labels, column, vocabulary=vocabulary)
+        read_table(
+            block.data, f"blocks[{index}].data", labels, column, vocabulary=vocabulary, beat=beat
+        )
         for index, (block, column) in enumerate(zip(blocks, columns, strict=True))
     ]
     content = Content([column for table in tables for column in table.content.columns])
@@ -85,9 +91,9 @@ def load_units(
     return Table(content, np.concatenate(classes) if classes else None), group_rows(tables)
 
 
-def digests(table: Table, units: Units) -> list[str]:
+def digests(table: Table, units: Units, beat: Callable[[], None] = lambda: None) -> list[str]:
     """SHA-256 of all that steps are drawn from; reads every row, and is as private as they are."""
-    content = [column.digest() for column in table.content.columns]
+    content = [column.digest(beat) for column in table.content.columns]
     classes = [] if table.labels is None else [hashlib.sha256(table.labels.data).hexdigest()]
     return [*content, *classes, units.digest()]
 

@@ -121,6 +121,14 @@ def tell(content: Any) -> Any:
     return box[0]
 
 
+def tell_all(content: Any) -> list[Any]:
+    """What each rank has to say, in the order of ranks, on every rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    with listening("word from all ranks"):
+        dist.all_gather_object(found, content)
+    return found
+
+
 def exchange(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
     """Rows to and from each rank of the group; differentiable, the gradients go the way back.
 

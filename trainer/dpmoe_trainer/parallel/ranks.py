@@ -37,6 +37,8 @@ class Ranks:
     Attributes:
         rank: its number, from 0.
         world: how many there are.
+        local_rank: its place in its pod, whose ranks follow each other.
+        local_ranks: how many its pod has.
         expert_rank: its place among those that share the experts.
         expert_ranks: how many share them.
         experts: these ranks; None where there is but one process.
@@ -45,6 +47,8 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    local_rank: int = 0
+    local_ranks: int = 1
     expert_rank: int = 0
     expert_ranks: int = 1
     experts: Group = None
@@ -59,6 +63,11 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the rank that reports and writes what all hold alike."""
         return self.rank == 0
+
+    @property
+    def first_here(self) -> int:
+        """The number of its pod's first rank, which reads tables for the pod."""
+        return self.rank - self.local_rank
 
     @property
     def peers(self) -> Peers:
@@ -88,7 +97,8 @@ def meet(
     Args:
         plan: how many there are, and how long to wait for them once they are there.
         device: where this rank computes.
-        environment: torchrun's variables: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+        environment: torchrun's variables: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without
+            LOCAL_RANK and LOCAL_WORLD_SIZE, each rank is a pod of its own.
         beat: called while it waits for others to start; to wait is no silence. What it raises ends
             the wait.
 
@@ -98,6 +108,7 @@ def meet(
     if plan.world == 1:
         return ALONE
     rank, world = int(environment["RANK"]), plan.world
+    local_ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     timeout = timedelta(seconds=plan.timeout_seconds)
     patience = _Patience(max(plan.timeout_seconds, STARTUP_SECONDS), beat)
     store = _store(rank, timeout, environment, patience)
@@ -118,6 +129,8 @@ def meet(
     return Ranks(
         rank=rank,
         world=world,
+        local_rank=int(environment.get("LOCAL_RANK", "0")) if local_ranks > 1 else 0,
+        local_ranks=local_ranks,
         expert_rank=rank % plan.expert_parallel,
         expert_ranks=plan.expert_parallel,
         experts=mesh.get_group("expert"),

@@ -11,8 +11,7 @@ import torch
 
 from dpmoe_trainer import checkpoint
 from dpmoe_trainer.checkpoint import (
-    Peers,
-    Shard,
+    Part,
     clear,
     lacking_room,
     names,
@@ -21,6 +20,7 @@ from dpmoe_trainer.checkpoint import (
     write_checkpoint,
 )
 from dpmoe_trainer.errors import BadCheckpoint, CheckpointFailed, PeerLost
+from dpmoe_trainer.peers import Peers
 
 RUN = "a" * 64
 EXPERTS = 4
@@ -36,15 +36,15 @@ def whole() -> dict[str, torch.Tensor]:
     }
 
 
-def shard(rank: int, parallel: int) -> Shard:
+def shard(rank: int, parallel: int) -> Part:
     each = EXPERTS // parallel
-    return Shard(rank % parallel * each, each, EXPERTS, writes=rank < parallel)
+    return Part(rank % parallel * each, each, EXPERTS, writes=rank < parallel)
 
 
 SHARDED = ("experts", "moment.experts")
 
 
-def slices(rank: int, parallel: int) -> tuple[dict[str, torch.Tensor], dict[str, Shard]]:
+def slices(rank: int, parallel: int) -> tuple[dict[str, torch.Tensor], dict[str, Part]]:
     part = shard(rank, parallel)
     tensors = whole()
     for name in SHARDED:
@@ -103,7 +103,7 @@ def test_any_layout_reads_what_any_other_wrote(
     assert names(path) == sorted(whole())
     for rank in range(reading):
         expected, shards = slices(rank, reading)
-        wanted: Mapping[str, Shard | None] = {name: shards.get(name) for name in expected}
+        wanted: Mapping[str, Part | None] = {name: shards.get(name) for name in expected}
         found = read_checkpoint(path, wanted)
         for name, tensor in expected.items():
             assert found[name].dtype == tensor.dtype
@@ -112,7 +112,7 @@ def test_any_layout_reads_what_any_other_wrote(
 
 def test_uneven_parts_and_an_empty_one(tmp_path: Path) -> None:
     rows = torch.arange(5.0)
-    parts = [Shard(0, 3, 5), Shard(3, 2, 5), Shard(5, 0, 5)]
+    parts = [Part(0, 3, 5), Part(3, 2, 5), Part(5, 0, 5)]
 
     def act(ranks: Peers) -> None:
         part = parts[ranks.rank]
@@ -121,7 +121,7 @@ def test_uneven_parts_and_an_empty_one(tmp_path: Path) -> None:
 
     assert together(3, act) == [None] * 3
     path = tmp_path / "step-000000001"
-    for part in [*parts, Shard(1, 3, 5), Shard(0, 5, 5)]:
+    for part in [*parts, Part(1, 3, 5), Part(0, 5, 5)]:
         found = read_checkpoint(path, {"rows": part})["rows"]
         assert torch.equal(found, rows[part.first : part.first + part.count])
 
@@ -136,7 +136,7 @@ def test_replicated_tensors_are_written_once(tmp_path: Path) -> None:
 
 
 def test_a_missing_slice_is_named(tmp_path: Path) -> None:
-    part = Shard(0, 2, 4)
+    part = Part(0, 2, 4)
     rows = {"experts": torch.zeros(2, 3)}
     write_checkpoint(tmp_path, 1, RUN, rows, {"experts": part}, Peers())
     path = tmp_path / "step-000000001"

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from tests.trainer.processes import free_port
+from tests.trainer.resume.attempts import model_sums
 from tests.trainer.runs import PlanMaker, Trainer
-from tests.trainer.test_resume import model_sums
 
 from dpmoe_trainer.contract import ExitCode, Outcome, TrainingReport
 

@@ -10,13 +10,14 @@ import torch
 from tests.trainer.runs import PlanMaker, plan_of
 from torch import nn
 
-from dpmoe_trainer.checkpoint import Peers, Shard
+from dpmoe_trainer.checkpoint import Part
 from dpmoe_trainer.contract import TrainingPlan
 from dpmoe_trainer.dp.balancing import Balancing
 from dpmoe_trainer.environment import Settings
 from dpmoe_trainer.errors import BadCheckpoint, JournalLost, PeerLost, StopRequested
 from dpmoe_trainer.journal import Journal, open_journal
 from dpmoe_trainer.methods.dp_sgd import Updater
+from dpmoe_trainer.peers import Peers
 from dpmoe_trainer.progress import ProgressBoard
 from dpmoe_trainer.resume import Run
 from dpmoe_trainer.state import State
@@ -25,7 +26,7 @@ EXPERTS, STEPS = 4, 6
 
 
 class Layer(nn.Module):
-    def __init__(self, part: Shard) -> None:
+    def __init__(self, part: Part) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         experts = torch.randn(EXPERTS, 3, 2, generator=generator)
@@ -105,7 +106,7 @@ class Stage:
 
         def act(rank: int) -> Any:
             each = EXPERTS // world
-            part = Shard(rank * each, each, EXPERTS)
+            part = Part(rank * each, each, EXPERTS)
             layer = Layer(part)
             updater = Updater(layer, plan.training.optimizer, STEPS, 1.0)
             state = State(updater, Balancing(1.0), {"experts": part} if world > 1 else None)
@@ -125,7 +126,7 @@ class Stage:
         return group.together(act)
 
 
-def gradients(layer: Layer, part: Shard, step: int) -> dict[str, torch.Tensor]:
+def gradients(layer: Layer, part: Part, step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     experts = torch.randn(EXPERTS, 3, 2, generator=generator)
     return {
@@ -194,7 +195,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     stage.attempt(1, until=3)
     build = Layer.__init__
 
-    def larger(layer: Layer, part: Shard) -> None:
+    def larger(layer: Layer, part: Part) -> None:
         build(layer, part)
         layer.dense = nn.Parameter(torch.zeros(5))
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dpmoe_trainer.errors import BadCheckpoint, CheckpointFailed, PeerLost
 from dpmoe_trainer.journal import sync_file, sync_folder
+from dpmoe_trainer.peers import Peers
 
 KEPT = 2
 """Checkpoints that stay: the newest, and one more in case it is damaged."""
@@ -39,7 +40,7 @@ _FIELD = "checkpoint.path"
 
 
 @dataclass(frozen=True)
-class Shard:
+class Part:
     """A rank's part of a tensor: rows [first, first + count) of the `of` of its first dimension.
 
     Of ranks that hold the same part, one `writes` it.
@@ -51,30 +52,8 @@ class Shard:
     writes: bool = True
 
 
-@dataclass(frozen=True)
-class Peers:
-    """The ranks of a run, and how they agree; by default, one process alone.
-
-    Attributes:
-        rank: this process's, from 0.
-        world: how many there are.
-        any_of: whether any rank says so; all must call it, and none goes on before.
-        from_first: rank 0's value, for all; all must call it.
-    """
-
-    rank: int = 0
-    world: int = 1
-    any_of: Callable[[bool], bool] = lambda mine: mine
-    from_first: Callable[[Any], Any] = lambda value: value
-
-    @property
-    def first(self) -> bool:
-        """Whether this is rank 0."""
-        return self.rank == 0
-
-
 Tensors = Mapping[str, Tensor]
-Shards = Mapping[str, Shard]
+Parts = Mapping[str, Part]
 """By tensor name; a tensor without one is whole on every rank, and rank 0 writes it."""
 
 
@@ -83,7 +62,7 @@ def write_checkpoint(
     step: int,
     run_digest: str,
     tensors: Tensors,
-    shards: Shards,
+    parts: Parts,
     ranks: Peers,
     attempt: int = 0,
 ) -> None:
@@ -96,7 +75,7 @@ def write_checkpoint(
         step: steps that the state has taken.
         run_digest: the run's name.
         tensors: this rank's state by name.
-        shards: which of them are parts.
+        parts: which of them are but a part here.
         ranks: the ranks.
         attempt: tells apart what two attempts write at once; the same on all ranks.
 
@@ -104,7 +83,7 @@ def write_checkpoint(
         CheckpointFailed: this rank could not write; the older checkpoints are as they were.
         PeerLost: another rank could not.
     """
-    mine = {n: t for n, t in tensors.items() if (shards[n].writes if n in shards else ranks.first)}
+    mine = {n: t for n, t in tensors.items() if (parts[n].writes if n in parts else ranks.first)}
     staging = folder / f"{_name(step)}.tmp-{attempt}"
     try:
         with _told(folder, mine) as told:
@@ -113,7 +92,7 @@ def write_checkpoint(
                 staging.mkdir(parents=True)
         _agree(ranks, told.problem)
         with _told(folder, mine) as told:
-            _write_rank(staging, mine, shards, ranks.rank)
+            _write_rank(staging, mine, parts, ranks.rank)
         _agree(ranks, told.problem)
         with _told(folder, mine) as told:
             if ranks.first:
@@ -127,8 +106,8 @@ def write_checkpoint(
         raise
 
 
-def read_checkpoint(path: Path, wanted: Mapping[str, Shard | None]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, each whole or the part that its shard names; on the CPU.
+def read_checkpoint(path: Path, wanted: Mapping[str, Part | None]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, each whole or the part that is wanted; on the CPU.
 
     Raises:
         BadCheckpoint: a tensor, or a part of it, is not there.
@@ -247,12 +226,12 @@ def _agree(ranks: Peers, problem: CheckpointFailed | None) -> None:
         raise problem or PeerLost("another rank could not write its checkpoint; see its message")
 
 
-def _write_rank(staging: Path, tensors: Tensors, shards: Shards, rank: int) -> None:
+def _write_rank(staging: Path, tensors: Tensors, parts: Parts, rank: int) -> None:
     file = staging / f"rank-{rank:05d}.safetensors"
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
     sync_file(file)
     listed = {
-        name: [shards[name].first, shards[name].count, shards[name].of] if name in shards else None
+        name: [parts[name].first, parts[name].count, parts[name].of] if name in parts else None
         for name in tensors
     }
     content = {"file": file.name, "size": file.stat().st_size, "sha256": _sum(file)}
@@ -340,22 +319,20 @@ def _pieces(path: Path) -> dict[str, list[_Piece]]:
     return pieces
 
 
-def _assemble(
-    path: Path, name: str, pieces: list[_Piece] | tuple[()], shard: Shard | None
-) -> Tensor:
-    """A tensor, or a shard of it, from the pieces that cover it."""
+def _assemble(path: Path, name: str, pieces: list[_Piece] | tuple[()], part: Part | None) -> Tensor:
+    """A tensor, or a part of it, from the pieces that cover it."""
     if not pieces:
         raise BadCheckpoint(f"{_FIELD}: {path} has no tensor {name!r}; apply the job anew")
     whole = next((piece for piece in pieces if piece.of is None), None)
     if whole is not None:
         with safe_open(path / whole.file, "pt") as file:
             # A number of its own, as an optimiser's count of steps, is nobody's part.
-            if shard is None or not file.get_slice(name).get_shape():
+            if part is None or not file.get_slice(name).get_shape():
                 return file.get_tensor(name)
-            return file.get_slice(name)[shard.first : shard.first + shard.count]
+            return file.get_slice(name)[part.first : part.first + part.count]
     of = pieces[0].of
     assert of is not None, "a whole tensor was returned"
-    wanted = shard or Shard(0, of, of)
+    wanted = part or Part(0, of, of)
     parts = list(_cover(path, name, pieces, wanted.first, wanted.first + wanted.count))
     if wanted.of != of or sum(len(part) for part in parts) != wanted.count:
         raise BadCheckpoint(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpmoe_trainer.checkpoint import (
-    Peers,
     clear,
     lacking_room,
     names,
@@ -33,6 +32,7 @@ from dpmoe_trainer.errors import (
 )
 from dpmoe_trainer.journal import Journal
 from dpmoe_trainer.output import target_of
+from dpmoe_trainer.peers import Peers
 from dpmoe_trainer.progress import ProgressBoard
 from dpmoe_trainer.secret import destroy_key, open_key
 from dpmoe_trainer.state import State
@@ -137,7 +137,7 @@ class Run:
         self._attempt, self.notice = found.attempt, found.notice
         if found.checkpoint is not None:
             path = self._folder / found.checkpoint
-            wanted = {tensor: state.shard_of(tensor) for tensor in names(path)}
+            wanted = {tensor: state.part_of(tensor) for tensor in names(path)}
             state.restore(read_checkpoint(path, wanted), found.step)
         self._kept = found.step
         self._board.resume(found.step, found.drawn)
@@ -231,7 +231,7 @@ class Run:
             step,
             self._digest,
             state.tensors(),
-            state.shards(),
+            state.parts(),
             self.ranks,
             self._attempt,
         )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dpmoe_trainer.checkpoint import Shard
+from dpmoe_trainer.checkpoint import Part
 from dpmoe_trainer.dp.balancing import Balancing
 from dpmoe_trainer.errors import BadCheckpoint
 from dpmoe_trainer.methods.dp_sgd import Updater
@@ -25,7 +25,7 @@ class State:
     Args:
         updater: holds the trained parameters and the optimiser.
         balancing: what keeps experts evenly used; the same on all ranks.
-        shards: which trained parameters are only a part here, by name.
+        parts: which trained parameters are only a part here, by name.
         factors: of trained adapters on fused experts, how they hold the experts'.
     """
 
@@ -33,12 +33,12 @@ class State:
         self,
         updater: Updater,
         balancing: Balancing,
-        shards: Mapping[str, Shard] | None = None,
+        parts: Mapping[str, Part] | None = None,
         factors: Mapping[str, Factor] | None = None,
     ) -> None:
         self._updater = updater
         self._balancing = balancing
-        self._shards = dict(shards or {})
+        self._parts = dict(parts or {})
         self._factors = dict(factors or {})
         self._device = next(iter(updater.trained.values())).device
 
@@ -54,26 +54,26 @@ class State:
         }
         return named | {f"{_BALANCING}{n}": part for n, part in self._balancing.state().items()}
 
-    def shard_of(self, name: str) -> Shard | None:
+    def part_of(self, name: str) -> Part | None:
         """Which part of a tensor this rank has, None for all of it."""
         if name.startswith(_MODEL):
-            return self._shards.get(name.removeprefix(_MODEL))
+            return self._parts.get(name.removeprefix(_MODEL))
         if name.startswith(_OPTIMIZER):
-            return self._shards.get(name.removeprefix(_OPTIMIZER).rpartition(".")[0])
+            return self._parts.get(name.removeprefix(_OPTIMIZER).rpartition(".")[0])
         return None
 
-    def shards(self) -> dict[str, Shard]:
+    def parts(self) -> dict[str, Part]:
         """The parts among `tensors`; a number that belongs to one, as a step count, is none."""
-        found = {name: self.shard_of(name) for name, part in self.tensors().items() if part.dim()}
-        return {name: shard for name, shard in found.items() if shard is not None}
+        found = {name: self.part_of(name) for name, part in self.tensors().items() if part.dim()}
+        return {name: part for name, part in found.items() if part is not None}
 
     def size(self) -> int:
         """Bytes that a checkpoint of all ranks holds, about."""
         trained = self._updater.trained
         here = sum(parameter.nbytes for parameter in trained.values())
         whole = sum(
-            parameter.nbytes * shard.of // max(shard.count, 1)
-            if (shard := self._shards.get(name))
+            parameter.nbytes * part.of // max(part.count, 1)
+            if (part := self._parts.get(name))
             else parameter.nbytes
             for name, parameter in trained.items()
         )

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 
-from dpmoe_trainer.checkpoint import Peers
 from dpmoe_trainer.contract import BlockPlan, DataPlan, Evaluation, TrainingPlan
 from dpmoe_trainer.data.once import read_once
 from dpmoe_trainer.data.rows import Lower, Rows
@@ -34,6 +33,7 @@ from dpmoe_trainer.models.lora import merged
 from dpmoe_trainer.output import open_target
 from dpmoe_trainer.parallel.ranks import Ranks, meet, part
 from dpmoe_trainer.parallel.spread import gather
+from dpmoe_trainer.peers import Peers
 from dpmoe_trainer.precision import computing
 from dpmoe_trainer.prepare import LoadedModel, check_mechanism, device_of, load, repeat_exactly
 from dpmoe_trainer.progress import ProgressBoard

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from dpmoe_trainer.checkpoint import Peers
 from dpmoe_trainer.data.scratch import OpenFile
 from dpmoe_trainer.errors import Refusal
 from dpmoe_trainer.parallel.collectives import tell_all
 from dpmoe_trainer.parallel.ranks import Ranks
+from dpmoe_trainer.peers import Peers
 
 Beat = Callable[[], None]
 T = TypeVar("T")

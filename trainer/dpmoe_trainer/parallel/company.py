@@ -16,7 +16,7 @@ from torch import Tensor
 from dpmoe_trainer.parallel.collectives import Group, gather_numbers, sum_in_place, true_anywhere
 
 _MOST = 16
-"""More than the rows that stand in on one rank."""
+"""More than the rows that stand in on one rank: so both numbers go in one, by one exchange."""
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from dpmoe_trainer.checkpoint import Peers
 from dpmoe_trainer.contract import ParallelPlan
 from dpmoe_trainer.errors import PeerLost
 from dpmoe_trainer.parallel.collectives import Group, sum_in_place, tell
+from dpmoe_trainer.peers import Peers
 from dpmoe_trainer.supervise import STARTUP_SECONDS
 
 _RETRY_SECONDS = 0.5

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dpmoe_trainer.checkpoint import Shard as Part
+from dpmoe_trainer.checkpoint import Part
 from dpmoe_trainer.models.expert_adapters import Factor, expert_factors
 from dpmoe_trainer.parallel.dense import dense_shards, gather_dense, offsets, shard_dense
 from dpmoe_trainer.parallel.hand_out import hand_out_rest, require_one_layout

@@ -156,4 +156,4 @@ def test_what_cannot_be_spread_is_refused_by_name(family, ranks, reason):
 
     model = build(family)
     with pytest.raises(NotShardable, match=rf"experts.*{reason}"):
-        shard_experts(model, Ranks(0, ranks, 0, ranks))
+        shard_experts(model, Ranks(world=ranks, expert_ranks=ranks))

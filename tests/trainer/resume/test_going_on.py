@@ -271,7 +271,8 @@ def test_sigkill_at_any_time_changes_neither_model_nor_count(
     volume.mkdir()
     chance = random.Random(7)
     key = b""
-    for death in (0, 5, 12, 20, 28, 38):
+    deaths = (0, 12, 27, 38)
+    for death in deaths:
         process = subprocess.Popen(
             trainer.command(plan),
             env=environment | {"DPMOE_POD_UID": f"pod-{death}"},
@@ -287,8 +288,7 @@ def test_sigkill_at_any_time_changes_neither_model_nor_count(
     assert run.code == ExitCode.COMPLETED, run.stderr
     assert run.report is not None
     assert run.report.mechanism.steps == steps
-    assert run.report.attempts[:6] == tuple(f"pod-{n}" for n in (0, 5, 12, 20, 28, 38))
-    assert len(run.report.attempts) == 7
+    assert run.report.attempts[:-1] == tuple(f"pod-{n}" for n in deaths)
     assert not (volume / "key").exists()
 
     sums = model_sums(trainer.output)

@@ -371,7 +371,7 @@ class OperatorsUnderStress(RuleBasedStateMachine):
 class TestOperatorsUnderStress(OperatorsUnderStress.TestCase):
     """Runs the machine, and counts at how many points it killed an operator."""
 
-    settings = settings(max_examples=100, stateful_step_count=30, deadline=None, derandomize=True)
+    settings = settings(max_examples=115, stateful_step_count=30, deadline=None, derandomize=True)
 
     def runTest(self) -> None:  # noqa: N802 (unittest's name)
         before = kills()

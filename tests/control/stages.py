@@ -10,6 +10,13 @@ from tests.control.cluster import Cluster, Killed, Operator
 from dpmoe_operator.control.actions import SetStatus
 from dpmoe_operator.ledger.account import Grant
 
+OPENED: Object = {
+    "models": ["models"],
+    "outputs": [{"claimName": "results"}],
+    "checkpoints": {"claimName": "saved"},
+}
+"""What a block's access opens to jobs that keep checkpoints."""
+
 ROOM_FOR_TWO: Object = {"epsilon": "3", "orders": ["8"]}
 
 

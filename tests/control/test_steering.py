@@ -3,9 +3,10 @@
 from datetime import timedelta
 
 import pytest
-from tests.builders import TEAM, block
+from tests.builders import TEAM
 from tests.control.cluster import Cluster, Operator
 from tests.control.stages import (
+    OPENED,
     grant_of,
     kinds,
     only_pod,
@@ -20,26 +21,6 @@ from tests.control.workloads import ended
 
 from dpmoe_operator.control.views import PAUSED, QUEUE_NAME, RELEASED
 from dpmoe_trainer.contract import ExitCode, Progress
-
-OPENED = {
-    "models": ["models"],
-    "outputs": [{"claimName": "results"}],
-    "checkpoints": {"claimName": "saved"},
-}
-
-
-@pytest.fixture
-def cluster() -> Cluster:
-    cluster = Cluster()
-    cluster.apply(block(uid="b", access=[{"namespace": TEAM, **OPENED}]))
-    return cluster
-
-
-@pytest.fixture
-def operator(cluster: Cluster) -> Operator:
-    operator = Operator(cluster)
-    see(operator)
-    return operator
 
 
 def test_kueue_gets_a_job_once_its_launch_is_in_the_ledger(

@@ -1,7 +1,6 @@
 """Pods that no operator saw: what the watch of pods missed, or has not brought yet."""
 
 import pytest
-from tests.builders import TEAM, block
 from tests.control.cluster import Cluster, Operator, settle_down
 from tests.control.rows_restarted import (
     attempts,
@@ -16,31 +15,22 @@ from tests.control.workloads import ended
 
 from dpmoe_trainer.contract import ExitCode
 
-OPENED = {
-    "models": ["models"],
-    "outputs": [{"claimName": "results"}],
-    "checkpoints": {"claimName": "saved"},
-}
-
-
-@pytest.fixture
-def cluster() -> Cluster:
-    cluster = Cluster()
-    cluster.apply(block(uid="b", access=[{"namespace": TEAM, **OPENED}]))
-    return cluster
-
-
-@pytest.fixture
-def operator(cluster: Cluster) -> Operator:
-    operator = Operator(cluster)
-    see(operator)
-    return operator
-
 
 def crash(cluster: Cluster, steps: int = TAKEN) -> None:
     """Rank 0 ends by itself, with a report, and has no successor yet."""
     report = reported(cluster, steps=steps, attempts=attempts(cluster))
     cluster.set_pod(only_pod(cluster), ended(ExitCode.PEER_LOST, report))
+
+
+def pause_and_miss_the_next(cluster: Cluster, operator: Operator) -> None:
+    """The job is paused and goes on, and a pod of that start comes and goes unseen."""
+    cluster.edit("j", suspend=True)
+    stand_still(cluster, operator)
+    cluster.edit("j", suspend=False)
+    assert see(operator) == ([], ["Release"])
+    come_and_go(cluster, operator)
+    operator.list_pods()
+    settle_down(cluster, operator)
 
 
 @pytest.mark.parametrize("end_was_told", [True, False])
@@ -136,13 +126,7 @@ def test_pod_of_another_start_may_have_gone_unseen(cluster: Cluster, operator: O
     end(cluster, ExitCode.PEER_LOST)
     restarted(cluster, operator)
     cluster.vanish(next(iter(cluster.pods)))
-    cluster.edit("j", suspend=True)
-    stand_still(cluster, operator)
-    cluster.edit("j", suspend=False)
-    assert see(operator) == ([], ["Release"])
-    come_and_go(cluster, operator)
-    operator.list_pods()
-    settle_down(cluster, operator)
+    pause_and_miss_the_next(cluster, operator)
     assert settled(cluster) == ("ReportMissing", STEPS)
 
 
@@ -230,11 +214,5 @@ def test_unseen_pod_between_two_others_is_of_no_other_start(
     cluster.vanish(first)
     restarted(cluster, operator)
     assert len(attempts(cluster)) == 3
-    cluster.edit("j", suspend=True)
-    stand_still(cluster, operator)
-    cluster.edit("j", suspend=False)
-    assert see(operator) == ([], ["Release"])
-    come_and_go(cluster, operator)
-    operator.list_pods()
-    settle_down(cluster, operator)
+    pause_and_miss_the_next(cluster, operator)
     assert settled(cluster) == ("ReportMissing", STEPS)

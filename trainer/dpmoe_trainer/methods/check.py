@@ -30,6 +30,8 @@ _UNITS: tuple[Unit, ...] = ((0,), (1,), (2,), (0, 1))
 _CLIPPING_NORM = 1e-4
 """Below the norm of any gradient that is worth a step, so that all units are clipped."""
 
+_REMEDY = "run it on one rank, by parallelism with one worker and at most one GPU"
+
 _ROUNDING = 1e-3
 """Largest relative difference that rounding may explain."""
 
@@ -81,7 +83,7 @@ def check_ranks(
         if not added <= _CLIPPING_NORM * (1 + _ROUNDING):
             raise NotPerSample(
                 f"what a sample adds to the ranks' sum has {added / _CLIPPING_NORM:.6g} times the "
-                "clipping norm: run it on one rank"
+                f"clipping norm: {_REMEDY}"
             )
         for name, part in alone.items():
             rest[name] -= part
@@ -97,7 +99,7 @@ def _require_little(left: float, bound: float) -> None:
     if not left <= _ROUNDING * bound * len(_UNITS):
         raise NotPerSample(
             "samples add something else to the ranks' sum in company than alone, by "
-            f"{left / bound:.1e} of the clipping norm: run it on one rank"
+            f"{left / bound:.1e} of the clipping norm: {_REMEDY}"
         )
 
 

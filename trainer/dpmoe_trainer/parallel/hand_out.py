@@ -35,7 +35,8 @@ def require_one_layout(model: nn.Module, ranks: Ranks) -> None:
     if ranks.peers.any_of(ranks.peers.from_first(own) != own):
         raise NotShardable(
             f"the ranks build {type(model).__name__} differently from one configuration, so it "
-            "cannot be handed out: use one rank, or another model"
+            "cannot be handed out: set parallelism to one worker with at most one GPU, or use "
+            "another model"
         )
 
 

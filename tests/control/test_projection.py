@@ -283,6 +283,26 @@ def test_report_without_evaluation_has_no_scores() -> None:
     assert held.status(history(RUNNING, ended(143, text), gone=False)).evaluation is None
 
 
+@pytest.mark.parametrize(
+    ("outcome", "code", "fields"),
+    [
+        ("Completed", 0, {"evaluation": SCORES, "output": "/dpmoe/outputs/results/team-a/run"}),
+        ("Stopped", 143, {"outcome": Outcome.STOPPED, "steps": 40}),
+    ],
+)
+def test_a_settled_status_is_the_same_without_the_pods(
+    outcome: str, code: int, fields: Object
+) -> None:
+    """An operator that starts later watches no namespace whose blocks and grants are gone."""
+    held = Granted()
+    held.launch()
+    pod = history(RUNNING, ended(code, held.report(**fields)), gone=False)
+    assert condition(held.status(pod), "Restartable").status == "False"
+    held.settle(outcome, fields.get("steps", 100))
+    seen = held.status(pod).to_object()
+    assert held.status(old=seen).to_object() == seen
+
+
 # Conditions and writes
 
 

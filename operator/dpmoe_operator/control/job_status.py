@@ -130,7 +130,7 @@ def _status_with_grant(job: JobView, snapshot: Snapshot, grant: Grant) -> DPMoEJ
             f" {granted.utility} of 1"
         )
     conditions = [("BudgetReserved", "True", "Granted", reserved_message)]
-    if workload is not None:
+    if workload is not None and settled is None:  # Of a job that is over it answers nothing.
         conditions.append(RESTARTABLE if workload.restartable else NOT_RESTARTABLE)
     if settled is not None:
         success = "True" if state == "Completed" else "False"

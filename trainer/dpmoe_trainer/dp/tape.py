@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,6 @@ from dpmoe_trainer.dp.errors import NotPerSample, UncoveredParameter
 from dpmoe_trainer.dp.shared import Shared
 from dpmoe_trainer.dp.uses import Clippable, Use, tied_squared_norms, wide
 from dpmoe_trainer.parallel.company import Company
-
-if TYPE_CHECKING:
-    from dpmoe_trainer.dp.routes import Routes
 
 Rule = Callable[..., Tensor]
 """Called with the tape and then exactly as the torch function that it stands for."""
@@ -64,6 +61,13 @@ class Kept:
         return None if self._tensor.is_inference() else self._tensor._version
 
 
+class RoutingObserver(Protocol):
+    """Is told where the tokens of each layer of experts go."""
+
+    def routed(self, module: nn.Module, chosen_NK: Tensor, weights: Tensor, again: bool) -> Tensor:
+        """Takes in one layer's routing; returns the experts' weights to go on with."""
+
+
 class Tape:
     """Collects the uses of the trained parameters during one forward and backward pass.
 
@@ -89,7 +93,7 @@ class Tape:
         self.lengths = frozenset(entry.shape[1] for entry in inputs if entry.dim() > 1)
         self.device = first.device
         self.fired: list[Clippable] = []
-        self.routes: Routes | None = None
+        self.routes: RoutingObserver | None = None
         self._inputs = list(inputs)
         self._groups = groups
         self._squared_norms = torch.zeros(

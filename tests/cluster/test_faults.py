@@ -23,7 +23,7 @@ from dpmoe_operator.launch.launching import JOB_NAME
 from dpmoe_operator.local.stack import Stack
 
 STEPS, EVERY = 12, 3
-KILLS, BLOWS_A_JOB = 20, 3
+KILLS, BLOWS_A_JOB = 20, 4
 
 
 @pytest.fixture(scope="module")

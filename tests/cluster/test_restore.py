@@ -5,6 +5,7 @@ Entries are deleted here, as a backup lacks them; `test_etcd_restore` restores a
 No pod runs here: that a job is granted is enough, and is read in the ledger itself.
 """
 
+import json
 import os
 from collections.abc import Iterator
 
@@ -22,6 +23,7 @@ from tests.cluster.restores import (
 )
 from tests.cluster.world import OWNER, TEAM, World, block, fill_volumes, job, namespaces
 
+from dpmoe_operator.ledger.entry import digest_of
 from dpmoe_operator.local.stack import Stack
 
 
@@ -71,6 +73,29 @@ def test_backup_restored_under_a_living_operator(world: World) -> None:
     resumed(world, "meanwhile")
 
 
+def test_entry_of_a_writer_that_stood_still_is_taken_out_by_its_digest(world: World) -> None:
+    stop_operator(world)
+    before = entries(world)
+    place = ("-n", "dpmoe-system", before[-1], "-o", "json")
+    lost = json.loads(world.stack.kubectl("get", *place))
+    take_back(world, 1)
+    late = {**lost["spec"], "writer": "operator-that-slept"}
+    late["digest"] = digest_of(late)
+    meta = {key: lost["metadata"][key] for key in ("name", "namespace")}
+    world.apply({**lost, "metadata": meta, "spec": late})
+    world.apply(job("after-sleep"))
+    world.stack.start_operator()
+    frozen(world, "AnchorForked", "after-sleep")
+    told = dpmoe_ledger(world, "recover")
+    assert told.returncode == 1
+    assert "dpmoe ledger recover --drop" in told.stderr
+    assert late["digest"][:16] in told.stderr
+    dropped = dpmoe_ledger(world, "recover", "--drop", late["digest"][:16])
+    assert dropped.returncode == 0, dropped.stderr
+    assert json.loads(world.stack.kubectl("get", *place))["spec"] == lost["spec"]
+    resumed(world, "after-sleep")
+
+
 def test_lost_anchor_is_accepted_only_by_the_heads_digest(world: World) -> None:
     stop_operator(world)
     for path in world.stack.anchor.iterdir():
@@ -109,5 +134,12 @@ def test_the_account_kept_its_history(world: World) -> None:
     [opened] = world.records("accountOpened")
     assert opened["block"]["namespace"] == OWNER
     names = [g["job"]["name"] for g in world.records("granted")]
-    assert sorted(names) == ["after-loss", "after-restore", "first", "meanwhile", "no-volume"]
+    assert sorted(names) == [
+        "after-loss",
+        "after-restore",
+        "after-sleep",
+        "first",
+        "meanwhile",
+        "no-volume",
+    ]
     assert all(g["job"]["namespace"] == TEAM for g in world.records("granted"))

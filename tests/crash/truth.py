@@ -40,18 +40,34 @@ class Truth:
     @property
     def ledger(self) -> LedgerState:
         """The fold of all that ever committed; raises `LedgerError` if it breaks a rule."""
+        fork = self.fork()
         for manifest in self.entries():
             sequence, digest = manifest["spec"]["sequence"], manifest["spec"]["digest"]
+            if digest == fork:
+                held = {entry["spec"]["digest"] for entry in Anchor(self._anchor).entries()}
+                assert digest not in held, f"entry {sequence} took effect twice"
+                break
             if sequence == len(self._digests):
                 self._state.apply(manifest)
                 self._digests.append(digest)
             assert self._digests[sequence] == digest, f"entry {sequence} was written anew"
         return self._state
 
+    def fork(self) -> str | None:
+        """The digest of the log's last entry, if it stands where another one was taken back.
+
+        An operator that stood still since before then, just before its call, writes such a one.
+        """
+        last = self._last()
+        if not 0 <= last < len(self._digests):
+            return None
+        digest: str = self.entries()[-1]["spec"]["digest"]
+        return None if digest == self._digests[last] else digest
+
     @property
     def taken_back(self) -> bool:
-        """Whether the log ends before what is true."""
-        return self._last() + 1 < len(self._digests)
+        """Whether the log ends before what is true, or with something else."""
+        return self._last() + 1 < len(self._digests) or self.fork() is not None
 
     def _last(self) -> int:
         """Number of the last entry that the server has; −1 where it has none."""

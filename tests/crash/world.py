@@ -239,7 +239,7 @@ class World:
         async def put_back() -> None:
             async with Wire(self.server).open() as client:
                 store = KubeEntryStore(client, SETTINGS.namespace)
-                await recover(store, Anchor(self.anchor), SETTINGS.namespace)
+                await recover(store, Anchor(self.anchor), SETTINGS.namespace, self.truth.fork())
 
         self.run(put_back())
 

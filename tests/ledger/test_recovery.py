@@ -1,5 +1,7 @@
 """A log that was taken back: found on start, put back from the anchor, never granted on before."""
 
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from dpmoe_operator.ledger import log
 from dpmoe_operator.ledger.anchor import Anchor, AnchorError
 from dpmoe_operator.ledger.entry import LedgerError, Unverified
 from dpmoe_operator.ledger.fold import fold
-from dpmoe_operator.ledger.log import Ledger, format_time
+from dpmoe_operator.ledger.log import Ledger, NoAnswer, format_time
 from dpmoe_operator.ledger.recovery import reanchor, recover
 from dpmoe_operator.ledger.verification import verify
 
@@ -43,8 +45,8 @@ class House:
             self.now += timedelta(minutes=10)
             await ledger.tidy(self.now, set())
 
-    async def recover(self) -> list[str]:
-        return await recover(self.store, self.anchor, NAMESPACE)
+    async def recover(self, drop: str | None = None) -> list[str]:
+        return await recover(self.store, self.anchor, NAMESPACE, drop)
 
 
 @pytest.fixture
@@ -177,8 +179,108 @@ async def test_another_log_in_the_anchors_place(house: House, tmp_path: Path) ->
         other.made += 1
         await other.commit(fresh, granted(f"other-{other.made}", {"b": (0,)}))
     assert "disagree about entry-000000000006" in await refused(other, "AnchorForked")
-    with pytest.raises(LedgerError, match="is another in the log than in the anchor"):
-        await other.recover()
+    foreign = other.store.log["entry-000000000000"]["spec"]["digest"]
+    for drop in (None, foreign):
+        with pytest.raises(LedgerError, match="put this log's own volume in place"):
+            await other.recover(drop)
+
+
+class HeldUp(MemoryStore):
+    """The same log, for a writer that stands still before each create."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__()
+        self.log = store.log
+        self.reached, self.gate = asyncio.Event(), asyncio.Event()
+
+    async def create(self, manifest: Mapping[str, Any]) -> None:
+        self.reached.set()
+        await self.gate.wait()
+        await super().create(manifest)
+
+
+class Fork:
+    """A writer stood still while others went on and the log was taken back; now its entry is in.
+
+    Attributes:
+        whole: the log before it was taken back.
+        writer: who stood still.
+        digest: that of its entry.
+    """
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+
+    async def happen(self) -> None:
+        house, log = self.house, self.house.store.log
+        store = HeldUp(house.store)
+        self.writer = Ledger(store, namespace=NAMESPACE, writer="late", anchor=house.anchor)
+        await self.writer.load()
+        records = [wrapped(granted("late", {"a": (2,)}))]
+        late = asyncio.create_task(self.writer.append(records, time=format_time(house.now)))
+        await store.reached.wait()
+        await house.jobs(await house.operator(), 2)
+        self.whole = dict(log)
+        for name in sorted(log)[7:]:
+            del log[name]
+        store.gate.set()
+        await late
+        self.digest = log["entry-000000000007"]["spec"]["digest"]
+
+
+async def test_an_entry_in_a_lost_ones_place_is_taken_out_by_its_digest(house: House) -> None:
+    fork = Fork(house)
+    await fork.happen()
+    await refused(house, "RolledBack")
+    assert "disagree about entry-000000000007" in str(await raised(fork.writer.secure()))
+    said = str(await raised(house.recover()))
+    assert said.startswith("entry-000000000007: is another in the log")
+    assert fork.digest[:16] in said
+    assert "--drop" in said
+    for wrong in ("", fork.digest[:7], fork.whole["entry-000000000007"]["spec"]["digest"]):
+        assert "does not name it" in str(await raised(house.recover(wrong)))
+        assert sequences(house) == list(range(8))
+    assert await house.recover(fork.digest[:8]) == sorted(fork.whole)[7:]
+    assert house.store.log == fork.whole
+    assert await house.recover(fork.digest) == [], "nothing is left to take out"
+    await fork.writer.load()
+    assert "late" not in fork.writer.state.grants
+
+
+async def test_taking_out_that_is_cut_short_is_repeated(house: House) -> None:
+    fork = Fork(house)
+    await fork.happen()
+    late = Ledger(house.store, namespace=NAMESPACE, writer="late")
+    await late.load()
+    await late.append([wrapped(granted("later", {"a": (2,)}))], time=format_time(house.now))
+    create = house.store.create
+    for lost in ("remove", "create"):
+        house.store.__dict__[lost] = refuse_second_call(getattr(house.store, lost))
+        assert isinstance(await raised(house.recover(fork.digest)), NoAnswer)
+        del house.store.__dict__[lost]
+    assert house.store.create == create
+    await house.recover(fork.digest)
+    assert house.store.log == fork.whole
+
+
+async def raised(attempt: Awaitable[Any]) -> Exception:
+    with pytest.raises((Unverified, NoAnswer)) as error:
+        await attempt
+    return error.value
+
+
+def refuse_second_call(call: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """As a connection that breaks after the first of several calls."""
+    calls = 0
+
+    async def cut(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise NoAnswer("cut")
+        await call(*arguments)
+
+    return cut
 
 
 @pytest.fixture

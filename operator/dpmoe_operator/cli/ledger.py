@@ -93,6 +93,12 @@ def export(
 @app.command("recover")
 def recover_log(
     anchor: AnchorOption,
+    drop: Annotated[
+        str | None,
+        typer.Option(
+            help="Digest of an entry that is another in the anchor, to take out with all behind it."
+        ),
+    ] = None,
     namespace: NamespaceOption = "dpmoe-system",
     kubeconfig: KubeconfigOption = None,
 ) -> None:
@@ -102,7 +108,7 @@ def recover_log(
     """
     with user_errors(), _unverified():
         names = _with_store(
-            kubeconfig, namespace, lambda store: recover(store, Anchor(anchor), namespace)
+            kubeconfig, namespace, lambda store: recover(store, Anchor(anchor), namespace, drop)
         )
         if names:
             typer.echo(f"{len(names)} entries put back: {names[0]} to {names[-1]}")

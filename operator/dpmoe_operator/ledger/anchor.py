@@ -253,7 +253,8 @@ def _forked(head: Head) -> AnchorError:
     return AnchorError(
         "AnchorForked",
         f"log and anchor disagree about {entry_name(head.sequence)}: one of them was written anew"
-        " or belongs to another cluster; find out which, and put the right one in place",
+        " or belongs to another cluster; find out which, and put the right one in place, or run"
+        " `dpmoe ledger recover` in the operator's pod, which names the first such entry",
     )
 
 

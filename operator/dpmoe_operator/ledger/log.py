@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from dpmoe_operator.api.ledgerentry import Record
-from dpmoe_operator.ledger.anchor import Anchor, AnchorError, follows
+from dpmoe_operator.ledger.anchor import BEFORE_ALL, Anchor, AnchorError, Head, follows
 from dpmoe_operator.ledger.checkpoint import checkpoint_records
 from dpmoe_operator.ledger.entry import LedgerError, entry_name, open_entry, seal, to_manifest
 from dpmoe_operator.ledger.fold import LedgerState, checkpoints_in, fold
@@ -71,6 +71,7 @@ class Ledger:
         self.anchor = anchor
         self._store, self._namespace, self._writer = store, namespace, writer
         self._digests: dict[int, str] = {}
+        self._secured = BEFORE_ALL
         self._unsecured: list[dict[str, Any]] = []
         self._checkpoints: list[int] = []
         self._sizes: list[int] = []
@@ -87,10 +88,10 @@ class Ledger:
         manifests = await self._store.entries()
         checkpoints = checkpoints_in(manifests)
         start = checkpoints[-1] if checkpoints else 0
-        state, known = fold(manifests, start=start), self.state
+        state, known = fold(manifests, start=start), self._in_effect()
         digests = {m["spec"]["sequence"]: m["spec"]["digest"] for m in manifests}
-        if known.sequence > 0 and digests.get(known.sequence - 1) != known.head:
-            raise _rolled_back(known.sequence - 1)
+        if known != BEFORE_ALL and digests.get(known.sequence) != known.digest:
+            raise _rolled_back(known.sequence)
         self.state, self._digests = state, digests
         self._checkpoints = [manifests[position]["spec"]["sequence"] for position in checkpoints]
         sizes = [_size(manifest) for manifest in manifests[start:]]
@@ -163,6 +164,7 @@ class Ledger:
         """
         if self.anchor is not None and self._unsecured:
             await asyncio.to_thread(self.anchor.append, list(self._unsecured))
+        self._secured = Head(self.state.sequence - 1, self.state.head)
         self._unsecured.clear()
 
     async def tidy(self, now: datetime, live: Set[str]) -> None:
@@ -183,6 +185,12 @@ class Ledger:
             await self.secure()
         if self.anchor is not None and len(self._checkpoints) > 1:
             await self._remove_before(self._checkpoints[-2])
+
+    def _in_effect(self) -> Head:
+        """The last entry that took effect; one that the anchor refused may be taken out again."""
+        if self.anchor is not None:
+            return self._secured
+        return Head(self.state.sequence - 1, self.state.head)
 
     async def _check_head(self) -> None:
         """An entry is only put behind one that is there: the log may have been taken back.

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Many tests wait for clusters: three at a time keep two cores busy.
+WORKERS ?= 3
 
 .PHONY: demo test test-node-trainer check format crds clean help
 
@@ -17,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/dpmoe demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-node-trainer: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/node -m trainer_image $(PYTEST_ARGS)

@@ -60,7 +60,7 @@ def start(world: World, name: str, *, suspend: bool = False, **parallelism: Any)
         suspend=suspend,
         resources={"cpu": "500m"},
     )
-    manifest["spec"]["training"] |= {"logicalBatch": 100, "physicalBatch": 2, "steps": STEPS}
+    manifest["spec"]["training"] |= {"logicalBatch": 50, "physicalBatch": 2, "steps": STEPS}
     world.apply(manifest)
     return RunningJob(world, name)
 

@@ -66,8 +66,8 @@ class Truth:
 
     @property
     def taken_back(self) -> bool:
-        """Whether the log ends before what is true, or with something else."""
-        return self._last() + 1 < len(self._digests) or self.fork() is not None
+        """Whether the log lacks an entry, or ends with another one in its place."""
+        return len(self.entries()) < len(self._digests) or self.fork() is not None
 
     def _last(self) -> int:
         """Number of the last entry that the server has; −1 where it has none."""

@@ -1,22 +1,20 @@
 """The trainer's own image at work in real containers: several pods, and a kill in the middle."""
 
 import json
+import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from os import chown
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 from tests.node.cluster import Node
 from tests.node.conftest import started
-from tests.node.trainer_image import IMAGE, lacking, trainer_image
+from tests.node.image import USER, WHOLE_IMAGE, build_whole_image
+from tests.node.trainer_image import lacking, trainer_image
 from tests.node.world import ROWS, TEAM, Object, World, block, job
 from tests.tiny import WORDS, save_mixtral, sentences, write_rows
-
-pytestmark = pytest.mark.trainer_image
-
-USER = 65532
-"""Whom the trainer runs as; hostPath volumes know no fsGroup."""
 
 MEMORY = 1024
 """MiB of a pod."""
@@ -25,7 +23,7 @@ MEMORY = 1024
 class TrainerWorld(World):
     """A world in which the operator's own image is the whole trainer, and jobs are restarted."""
 
-    image = IMAGE
+    image = WHOLE_IMAGE
     claims = (*World.claims, "checkpoints")
 
     def fill(self) -> None:
@@ -51,16 +49,27 @@ class TrainerWorld(World):
         return [[line["drawn"] for line in each if "drawn" in line] for each in lines]
 
 
+HERE, DOCKERFILE = "packages of this machine", "Dockerfile"
+"""What the image is made of; by the Dockerfile it takes minutes."""
+
+BY_DOCKERFILE = pytest.mark.trainer_image
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainerWorld]:
-    """A node of its own: the operator there starts this image."""
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TrainerWorld]:
+    """A node of its own: the operator there starts the trainer's image, of this or that origin."""
+    from_here = request.param == HERE
     with ExitStack() as stack:
-        node = stack.enter_context(started(lacking()))
+        node = stack.enter_context(started([] if from_here else lacking()))
         world = TrainerWorld(node, tmp_path_factory.mktemp("world"))
         world.build()
         world.start_operator(stack)
-        with trainer_image() as archive:
-            node.load(archive)
+        with tempfile.TemporaryDirectory() as folder:
+            image = nullcontext(build_whole_image(Path(folder))) if from_here else trainer_image()
+            with image as archive:
+                node.load(archive)
         yield world
 
 
@@ -99,12 +108,18 @@ def assert_completed_and_charged_once(world: TrainerWorld, name: str) -> Object:
 def fill_memory(node: Node, pod: Object) -> None:
     """Take a container's memory away by a file in it: its own processes are then the largest."""
     place = pod["metadata"]["namespace"], pod["metadata"]["name"]
-    command = f"dd if=/dev/zero of=/dev/shm/full bs=1M count={2 * MEMORY}"
+    program = (
+        "file = open('/dev/shm/full', 'wb', buffering=0)\n"
+        f"for _ in range({2 * MEMORY}): file.write(bytes(1 << 20))"
+    )
     # It may be killed itself, or end with the container.
-    script = f'kubectl exec -n "$0" "$1" -- {command} || true'
-    node.exec("sh", "-c", script, *place, timeout=120)
+    script = 'kubectl exec -n "$0" "$1" -- python -c "$2" || true'
+    node.exec("sh", "-c", script, *place, program, timeout=120)
 
 
+@pytest.mark.parametrize(
+    "world", [HERE, pytest.param(DOCKERFILE, marks=BY_DOCKERFILE)], indirect=True
+)
 def test_two_pods_share_the_experts_and_leave_one_model(world: TrainerWorld) -> None:
     world.apply(training("pair", workers=2, steps=20))
     status = assert_completed_and_charged_once(world, "pair")
@@ -113,11 +128,20 @@ def test_two_pods_share_the_experts_and_leave_one_model(world: TrainerWorld) -> 
     assert world.attempts("pair") == [list(range(1, 21))]
 
 
-@pytest.mark.parametrize(("workers", "victim"), [(2, 0), (1, 0), (2, 1)])
+@pytest.mark.parametrize(
+    ("world", "workers", "victim"),
+    [
+        (HERE, 2, 0),
+        pytest.param(DOCKERFILE, 2, 0, marks=BY_DOCKERFILE),
+        pytest.param(DOCKERFILE, 1, 0, marks=BY_DOCKERFILE),
+        pytest.param(DOCKERFILE, 2, 1, marks=BY_DOCKERFILE),
+    ],
+    indirect=["world"],
+)
 def test_pod_killed_for_memory_goes_on_and_is_charged_once(
     world: TrainerWorld, workers: int, victim: int
 ) -> None:
-    name, steps = f"killed-{victim}-of-{workers}", 300 // workers
+    name, steps = f"killed-{victim}-of-{workers}", 200 // workers
     world.apply(training(name, workers=workers, steps=steps))
     world.until(lambda: past_a_checkpoint(world, name), f"{name} is past a checkpoint", 180)
     [pod] = [pod for pod in world.pods(name) if index_of(pod) == victim]
@@ -135,6 +159,7 @@ def test_pod_killed_for_memory_goes_on_and_is_charged_once(
     assert last[-1] == steps
 
 
+@pytest.mark.parametrize("world", [pytest.param(DOCKERFILE, marks=BY_DOCKERFILE)], indirect=True)
 def test_model_that_the_trainers_user_may_not_read_costs_nothing(world: TrainerWorld) -> None:
     world.apply(training("unread", workers=1, steps=20, model="private"))
     status = until_over(world, "unread")

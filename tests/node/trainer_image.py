@@ -20,8 +20,8 @@ from pathlib import Path
 
 from tests.node.cluster import ROOT, SCRIPT
 from tests.node.dockerfile import Builder, Stage
+from tests.node.image import WHOLE_IMAGE
 
-IMAGE = "dpmoe.test/whole-trainer:1"
 PYTHON = "3.11"
 """The base's."""
 
@@ -93,7 +93,7 @@ def _pack(stage: Stage, archive: Path) -> None:
     command += [f"{part}:/{part.name}" for part in parts]
     unfinished = archive.with_suffix(".unfinished")
     maker = SCRIPT.with_name("mkimage.py")
-    subprocess.run([sys.executable, maker, IMAGE, unfinished, *command], check=True)
+    subprocess.run([sys.executable, maker, WHOLE_IMAGE, unfinished, *command], check=True)
     unfinished.rename(archive)
 
 

@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import settings
 from tests.builders import TEAM, block
-from tests.control.cluster import Cluster, Operator
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator
 from tests.control.stages import OPENED, see
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -2,7 +2,8 @@
 
 from datetime import timedelta
 
-from tests.control.cluster import Cluster, Operator
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator
 from tests.control.settlement_rows import OTHER_IMAGE, ROWS, STEPS, TAKEN, end, reported, row
 from tests.control.stages import (
     cheap,

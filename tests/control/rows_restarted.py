@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from datetime import timedelta
 
-from tests.control.cluster import Cluster, Operator
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator
 from tests.control.rows_once import reach_podless
 from tests.control.settlement_rows import ROWS, TAKEN, Play, end, reported, row
 from tests.control.stages import (

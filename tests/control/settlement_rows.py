@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.control.cluster import Cluster, Operator
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator
 from tests.control.stages import (
     only_pod,
 )

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from tests.builders import ABSENT, UNITS, Object, job
-from tests.control.cluster import Cluster, Killed, Operator
+from tests.control.cluster import Cluster
+from tests.control.operator import Killed, Operator
 
 from dpmoe_operator.control.actions import SetStatus
 from dpmoe_operator.ledger.account import Grant

@@ -4,7 +4,8 @@ from datetime import timedelta
 
 import pytest
 from tests.builders import NOW, SETTINGS, Object, block, run
-from tests.control.cluster import Cluster, Operator, settle_down
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator, settle_down
 from tests.control.stages import cheap
 
 from dpmoe_operator.control.actions import DeleteJob, Remove, SetStatus

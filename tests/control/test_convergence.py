@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from tests.builders import ABSENT, OTHER_TEAM, TEAM, UNITS, Object, block, job
-from tests.control.cluster import Cluster, Killed, Operator, settle_down
+from tests.control.cluster import Cluster
+from tests.control.operator import Killed, Operator, settle_down
 
 from dpmoe_operator.launch.launching import JOB_UID
 

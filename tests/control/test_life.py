@@ -5,7 +5,8 @@ from datetime import datetime, timedelta
 
 import pytest
 from tests.builders import SETTINGS, TEAM, block
-from tests.control.cluster import Cluster, Killed, Operator, settle_down
+from tests.control.cluster import Cluster
+from tests.control.operator import Killed, Operator, settle_down
 from tests.control.stages import (
     ROOM_FOR_TWO,
     STAGES,

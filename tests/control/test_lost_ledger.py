@@ -4,7 +4,8 @@ from copy import deepcopy
 
 import pytest
 from tests.builders import Object, block, commit, granted, snapshot, with_accounts
-from tests.control.cluster import Cluster, Operator, settle_down
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator, settle_down
 from tests.control.stages import cheap
 
 from dpmoe_operator.control.accounts import standings, to_open

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from tests.builders import NOW, Object, block, merged
-from tests.control.cluster import Cluster, Operator, settle_down
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator, settle_down
 from tests.control.stages import ROOM_FOR_TWO, cheap
 
 from dpmoe_operator.control.times import format_time

@@ -3,7 +3,8 @@
 from typing import Any
 
 from tests.builders import NOW, SETTINGS, Object, block, commit, job, snapshot, with_accounts
-from tests.control.cluster import Cluster, Operator, settle_down
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator, settle_down
 from tests.control.statuses import LATER, Granted, condition, without_grant
 
 from dpmoe_operator.api.reasons import Reason

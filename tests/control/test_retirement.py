@@ -14,7 +14,8 @@ from tests.builders import (
     snapshot,
     with_accounts,
 )
-from tests.control.cluster import Cluster, Operator, settle_down
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator, settle_down
 from tests.control.stages import cheap
 
 from dpmoe_operator.api.ledgerentry import AccountRetired

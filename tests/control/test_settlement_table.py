@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from tests.builders import TEAM, Object, block
-from tests.control.cluster import Cluster, Operator, settle_down
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator, settle_down
 from tests.control.rows_once import ONCE
 from tests.control.rows_restarted import RESTARTED
 from tests.control.settlement_rows import ACCOUNT, OTHER_IMAGE, STEPS, TAKEN

@@ -4,7 +4,8 @@ from datetime import timedelta
 
 import pytest
 from tests.builders import TEAM
-from tests.control.cluster import Cluster, Operator
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator
 from tests.control.stages import (
     OPENED,
     grant_of,

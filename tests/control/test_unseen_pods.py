@@ -1,7 +1,8 @@
 """Pods that no operator saw: what the watch of pods missed, or has not brought yet."""
 
 import pytest
-from tests.control.cluster import Cluster, Operator, settle_down
+from tests.control.cluster import Cluster
+from tests.control.operator import Operator, settle_down
 from tests.control.rows_restarted import (
     attempts,
     come_and_go,

@@ -81,7 +81,7 @@ def training(name: str, *, workers: int, steps: int, model: str = "tiny") -> Obj
         steps=steps,
         parallelism={"workers": workers, "expertParallel": workers, "timeoutSeconds": 60},
         checkpoint={"everySteps": 10},
-        resources={"memory": f"{MEMORY}Mi", "sharedMemory": "2Gi"},
+        resources={"cpu": "800m", "memory": f"{MEMORY}Mi", "sharedMemory": "2Gi"},
     )
     manifest["spec"]["training"]["maxTokens"] = 16
     return manifest

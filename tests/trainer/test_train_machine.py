@@ -28,6 +28,17 @@ def test_processors(
     assert processors(tmp_path) == expected
 
 
+@pytest.mark.parametrize(("quota", "expected"), [("-1", 8), ("80000", 1), ("250000", 3)])
+def test_processors_by_the_first_version(
+    quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert processors(tmp_path) == expected
+
+
 def test_memory(tmp_path: Path) -> None:
     physical = memory(tmp_path)
     assert physical > 2**20
@@ -35,3 +46,13 @@ def test_memory(tmp_path: Path) -> None:
     assert memory(tmp_path) == 2**20
     (tmp_path / "memory.max").write_text("max\n")
     assert memory(tmp_path) == physical
+
+
+def test_memory_by_the_first_version(tmp_path: Path) -> None:
+    physical = memory(tmp_path)
+    limit = tmp_path / "memory" / "memory.limit_in_bytes"
+    limit.parent.mkdir()
+    limit.write_text("1048576\n")
+    assert memory(tmp_path) == 2**20
+    limit.write_text("9223372036854771712\n")
+    assert memory(tmp_path) == physical, "as the kernel writes that there is none"

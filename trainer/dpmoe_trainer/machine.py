@@ -1,7 +1,7 @@
 """What this process may use of its machine, and how it uses the memory.
 
-The limits are those of its container (cgroup v2), which sees all processors and all memory of its
-node. A pod of one processor that starts a thread for each of the node's 64 runs many times slower
+The limits are those of its container, by cgroup v2 or v1; it sees all processors and all memory of
+its node. A pod of one processor that starts a thread for each of the node's 64 runs many times slower
 than with one, and a cache sized by the node's memory gets the pod killed, after its privacy was
 spent.
 """
@@ -21,6 +21,9 @@ def processors(cgroup: Path = CGROUP) -> int:
     """Processors to use: at least one, and no more than the container's quota."""
     usable = len(os.sched_getaffinity(0))
     quota, _, period = _read(cgroup / "cpu.max").partition(" ")
+    if not quota:
+        first = cgroup / "cpu"
+        quota, period = _read(first / "cpu.cfs_quota_us"), _read(first / "cpu.cfs_period_us")
     if not (quota.isdecimal() and period.isdecimal()):
         return usable
     return max(1, min(usable, math.ceil(int(quota) / int(period))))
@@ -29,7 +32,7 @@ def processors(cgroup: Path = CGROUP) -> int:
 def memory(cgroup: Path = CGROUP) -> int:
     """Bytes of memory that the process may use at most."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _read(cgroup / "memory.max")
+    limit = _read(cgroup / "memory.max") or _read(cgroup / "memory" / "memory.limit_in_bytes")
     return min(physical, int(limit)) if limit.isdecimal() else physical
 
 
@@ -48,8 +51,8 @@ def keep_freed_memory() -> None:
 
 
 def _read(file: Path) -> str:
-    """A limit as the kernel writes it; "max" where there is none."""
+    """A limit as the kernel writes it, "max" or -1 where there is none; nothing without the file."""
     try:
         return file.read_text().strip()
     except OSError:
-        return "max"
+        return ""

@@ -1,9 +1,9 @@
 """What this process may use of its machine, and how it uses the memory.
 
 The limits are those of its container, by cgroup v2 or v1; it sees all processors and all memory of
-its node. A pod of one processor that starts a thread for each of the node's 64 runs many times slower
-than with one, and a cache sized by the node's memory gets the pod killed, after its privacy was
-spent.
+its node. A pod of one processor that starts a thread for each of the node's 64 runs many times
+slower than with one, and a cache sized by the node's memory gets the pod killed, after its privacy
+was spent.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ def keep_freed_memory() -> None:
 
 
 def _read(file: Path) -> str:
-    """A limit as the kernel writes it, "max" or -1 where there is none; nothing without the file."""
+    """A limit as the kernel writes it, "max" or -1 for none; nothing where there is no file."""
     try:
         return file.read_text().strip()
     except OSError:

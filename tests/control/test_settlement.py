@@ -229,6 +229,11 @@ UNPROVEN: dict[str, tuple[WorkloadView, str, str]] = {
         "ReportMissing",
         "2 pods ended, 1 of them were seen",
     ),
+    "a pod was never seen, and is not counted yet": (
+        view(ran(143, stopped(4)), uncountedTerminatedPods={"failed": ["pod-0"]}),
+        "ReportMissing",
+        "2 pods ended, 1 of them were seen",
+    ),
     "no pod was seen": (view(failed=1), "ReportMissing", "1 pods ended, 0 of them were seen"),
     "no pod was seen, none is counted": (
         view(suspend=True, conditions={"Suspended": ""}),

@@ -133,7 +133,8 @@ class WorkloadView:
         cancelled: the operator gave the Job up; it is never released after that.
         asked_to_suspend: it has to be suspended; its pods may not know yet.
         active: pods that run or may run.
-        ended: pods that the Job counted as succeeded or failed; disrupted ones it does not count.
+        ended: pods that succeeded or failed, by the Job's own count; disrupted ones it does not
+            count. One that is gone is among them: before it may go, the Job names it as uncounted.
         failed_first: index 0 failed for good.
         suspended: the Job is suspended and has no pods left that run or end.
         confirmed: the pods were read from the server after the Job had ended, so that a slow watch
@@ -199,7 +200,7 @@ class WorkloadView:
             asked_to_suspend=bool(spec.get("suspend")),
             suspended="Suspended" in true and active == 0 and leaving == 0,
             active=active,
-            ended=(status.get("succeeded") or 0) + (status.get("failed") or 0),
+            ended=_ended(status),
             failed_first=_begins_with_zero(status.get("failedIndexes") or ""),
             outcome=outcome,
             reason=": ".join(filter(None, (condition.get("reason"), condition.get("message")))),
@@ -310,6 +311,13 @@ def stop_was_observed(before: Json, now: Json, *, already: bool) -> bool:
 def _says_suspended(manifest: Json) -> bool:
     conditions = (manifest.get("status") or {}).get("conditions") or []
     return any(c["type"] == "Suspended" and c.get("status") == "True" for c in conditions)
+
+
+def _ended(status: Json) -> int:
+    uncounted = status.get("uncountedTerminatedPods") or {}
+    return sum(
+        (status.get(how) or 0) + len(uncounted.get(how) or ()) for how in ("succeeded", "failed")
+    )
 
 
 def _begins_with_zero(indexes: str) -> bool:

@@ -247,18 +247,19 @@ async def test_an_entry_in_a_lost_ones_place_is_taken_out_by_its_digest(house: H
     assert "late" not in fork.writer.state.grants
 
 
-async def test_taking_out_that_is_cut_short_is_repeated(house: House) -> None:
+async def test_taking_out_that_is_cut_short_is_repeated(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fork = Fork(house)
     await fork.happen()
     late = Ledger(house.store, namespace=NAMESPACE, writer="late")
     await late.load()
     await late.append([wrapped(granted("later", {"a": (2,)}))], time=format_time(house.now))
-    create = house.store.create
-    for lost in ("remove", "create"):
-        house.store.__dict__[lost] = refuse_second_call(getattr(house.store, lost))
-        assert isinstance(await raised(house.recover(fork.digest)), NoAnswer)
-        del house.store.__dict__[lost]
-    assert house.store.create == create
+    for cut in ("remove", "create"):
+        with monkeypatch.context() as network:
+            network.setattr(house.store, cut, refuse_second_call(getattr(house.store, cut)))
+            assert isinstance(await raised(house.recover(fork.digest)), NoAnswer)
+        assert house.store.log != fork.whole
     await house.recover(fork.digest)
     assert house.store.log == fork.whole
 

@@ -50,7 +50,7 @@ async def recover(
         raise AnchorError("AnchorLost", f"{anchor.folder} holds no entry of the log")
     forked = _forked(manifests, kept)
     if forked:
-        _check_drop(forked[0]["metadata"]["name"], forked[0]["spec"], drop, kept)
+        _check_drop(forked[0], drop, kept)
     start = _start(manifests[0]["metadata"]["name"] if manifests else None, kept)
     present = {m["metadata"]["name"] for m in manifests[: len(manifests) - len(forked)]}
     missing = [manifest for manifest in kept[start:] if manifest["metadata"]["name"] not in present]
@@ -76,10 +76,9 @@ def _forked(
     return []
 
 
-def _check_drop(
-    name: str, spec: Mapping[str, Any], drop: str | None, kept: Sequence[dict[str, Any]]
-) -> None:
+def _check_drop(first: Mapping[str, Any], drop: str | None, kept: Sequence[dict[str, Any]]) -> None:
     """Raises unless the person named the first forked entry, which follows one of the anchor."""
+    name, spec = first["metadata"]["name"], first["spec"]
     digest = str(spec.get("digest"))
     problem = f"is another in the log (digest {digest[:16]}) than in the anchor"
     if spec.get("previous") not in {manifest["spec"]["digest"] for manifest in kept}:
